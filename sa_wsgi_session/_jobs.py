@@ -1,0 +1,209 @@
+"""The unit of work outside of requests: scheduled jobs, threads, scripts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+from ._binding import Binder, binder_of, innermost
+from ._errors import callable_name, type_name
+from ._scope import SessionScope
+from ._watching import listen
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from sqlalchemy.orm import Session
+
+    from ._binding import SessionSource
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+PROPAGATION = ("required", "nested", "requires_new")
+
+
+class session_scope:  # noqa: N801 (a context manager reads as a verb, like contextlib's)
+    """A unit of work for code outside of requests: a context manager that yields the ``Session``.
+
+    It commits when the block ends, rolls back when an exception leaves it, and removes the
+    session in any case::
+
+        with session_scope(Session) as session:
+            session.add(Reading(value=21.5))
+
+    :param session: the ``scoped_session`` that the application uses, with any registry, or a
+        ``sessionmaker``.  Inside the block it yields the session of the block.
+    :param propagation: what happens inside an active unit of work of the same session, in the
+        terms of the Spring framework:
+
+        ``"required"``
+            joins it: there is one transaction, and the outer block commits.  If an exception
+            escapes from this part, the whole can only be rolled back.
+        ``"nested"``
+            is a ``SAVEPOINT`` in it, which an exception rolls back alone.
+        ``"requires_new"``
+            is independent of it, with a session and a connection of its own.
+
+        Outside of one, all three begin a unit of work.
+
+    :raises TypeError: if *session* is neither.
+    :raises ValueError: if *propagation* is none of the three.
+    :raises RollbackOnlyError: at the end of the block, if it can only be rolled back.
+
+    The commit does not expire objects: what the block has loaded can be read after it.
+    """
+
+    __slots__ = ("_binder", "_name", "_propagation", "_scope", "_within")
+
+    def __init__(
+        self,
+        session: SessionSource,
+        *,
+        propagation: Literal["required", "nested", "requires_new"] = "required",
+    ) -> None:
+        self._binder = binder_of(session)
+        self._propagation = check_propagation(propagation)
+        self._name = "session_scope()"
+        self._scope: SessionScope | None = None
+        #: The unit that this block has joined.
+        self._within: SessionScope | None = None
+
+    def __enter__(self) -> Session:
+        if self._scope is not None or self._within is not None:
+            raise RuntimeError(
+                "this session_scope() is in use already: call session_scope() for each block"
+            )
+        binder = self._binder
+        around = innermost(binder.key)
+        assert around is None or isinstance(around, SessionScope)
+        if around is not None and self._propagation == "required":
+            session = around.session
+            self._within = around
+            return session
+        if around is not None and self._propagation == "nested":
+            scope = SessionScope(binder, self._name, within=around._root)
+            binder.nest(scope)
+        else:
+            scope = SessionScope(binder, self._name)
+            listen(binder)
+            binder.enter(scope)
+        try:
+            if scope.within is not None:
+                scope._begin_savepoint()
+            session = scope.session
+        except BaseException:
+            scope._refuse()
+            self._close(scope)
+            raise
+        self._scope = scope
+        return session
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        within, scope = self._within, self._scope
+        self._within = self._scope = None
+        if within is not None:
+            if error is not None:
+                within._set_rollback_only(error)
+        elif scope is not None:
+            if error is not None:
+                scope._refuse()
+            self._close(scope)
+
+    @staticmethod
+    def _close(scope: SessionScope) -> None:
+        if scope.within is None:
+            scope._end()
+        else:
+            scope._end_savepoint()
+
+
+def with_session(
+    session: SessionSource,
+    *,
+    argument: str = "session",
+    propagation: Literal["required", "nested", "requires_new"] = "required",
+) -> Callable[[Callable[_P, _R]], Callable[..., _R]]:
+    """Run the decorated function in a :class:`session_scope` and pass it the session.
+
+    ::
+
+        @with_session(Session)
+        def purge(days, *, session):
+            session.execute(delete(Log).where(Log.age > days))
+
+        scheduler.every().hour.do(purge, 30)
+
+    :param session: as for :class:`session_scope`.
+    :param argument: the name of the keyword argument that receives the ``Session``.
+    :param propagation: as for :class:`session_scope`.
+    :raises TypeError: at once, if *session* is neither a ``scoped_session`` nor a
+        ``sessionmaker``, if the function does not take the argument, or if calling it only makes
+        a coroutine or a generator, whose body would run when the unit of work is over.
+    :raises ValueError: at once, if *propagation* is none of the three, or *argument* cannot be
+        the name of an argument.
+    """
+    binder_of(session)
+    check_propagation(propagation)
+    if not isinstance(argument, str):
+        raise TypeError(f"argument must be a str, not an object of type {type_name(argument)}")
+    if not argument.isidentifier():
+        raise ValueError(f"argument must be the name of a keyword argument, not {argument!r}")
+
+    def decorate(function: Callable[_P, _R]) -> Callable[..., _R]:
+        _check_function(function, argument)
+
+        @wraps(function)
+        def in_scope(*args: Any, **kwargs: Any) -> _R:
+            unit = session_scope(session, propagation=propagation)
+            unit._name = callable_name(function)
+            with unit as given:
+                return function(*args, **kwargs, **{argument: given})  # type: ignore[arg-type]
+
+        return in_scope
+
+    return decorate
+
+
+def check_propagation(value: object) -> str:
+    if isinstance(value, str) and value in PROPAGATION:
+        return value
+    raise ValueError(f'propagation must be "required", "nested" or "requires_new", not {value!r}')
+
+
+def _check_function(function: Callable[..., object], argument: str) -> None:
+    if not callable(function):
+        raise TypeError(
+            f"with_session(...) decorates a function, not an object of type {type_name(function)}"
+        )
+    name = callable_name(function)
+    if (
+        inspect.iscoroutinefunction(function)
+        or inspect.isgeneratorfunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
+        raise TypeError(
+            f"with_session(...) cannot decorate {name}: calling a coroutine or generator function "
+            f"runs none of it, so its unit of work would be over before it begins; "
+            f"use session_scope() inside it"
+        )
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return  # some callables written in C have no signature to check
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD or (
+            parameter.name == argument and parameter.kind is not parameter.POSITIONAL_ONLY
+        ):
+            return
+    raise TypeError(
+        f"with_session(...) passes the session as {argument}=, which {name} does not take: "
+        f"add that argument, or name another with with_session(..., argument=...)"
+    )

@@ -1,0 +1,560 @@
+"""The WSGI middleware: a unit of work for each request.
+
+One request, from above (``SessionMiddleware._attempt``)::
+
+    bind ─▶ call the app ─▶ decide by the status ─▶ settle ─▶ unbind ─▶ callbacks ─▶ forward the
+    status to the server ─▶ hand on the body: as it is, or as a ``_Stream``
+
+and for a streamed body, around every chunk: bind ─▶ next ─▶ unbind.
+
+This file knows WSGI (PEP 3333).  It does not know SQLAlchemy: what to do with the session it says
+in the words of the scope: settle, conclude, end.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ._binding import ContextBinder, Frame, ThreadBinder, as_scoped_session, binder_of, frame_of, here
+from ._errors import type_name, warn_of_error
+from ._scope import SessionScope, State, check_commit_at
+from ._watching import listen
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from sqlalchemy.orm import scoped_session
+
+    from ._binding import SessionSource
+
+    Environ: TypeAlias = "dict[str, Any]"
+    Headers: TypeAlias = "list[tuple[str, str]]"
+    StartResponse: TypeAlias = Callable[..., Callable[[bytes], object]]
+    Application: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
+    CommitVeto: TypeAlias = Callable[[Environ, str, Headers], object]
+    ActivateHook: TypeAlias = Callable[[Environ], object]
+
+
+def default_commit_veto(environ: Environ, status: str, headers: Headers) -> bool:
+    """The veto that is used where none is given: commit only what is no error.
+
+    :return: true (do not commit) unless *status* is 1xx, 2xx or 3xx.
+    """
+    return not status.startswith(("1", "2", "3"))
+
+
+class SessionMiddleware:
+    """Give every request to a WSGI application a SQLAlchemy session of its own.
+
+    ::
+
+        Session = scoped_session(sessionmaker(engine))
+        application = SessionMiddleware(application, Session)
+
+    Inside *app*, ``Session`` then is the session of the request: committed before a success can
+    be seen, rolled back if the response is none, alive while the body streams, removed at the end.
+
+    :param app: the WSGI application.
+    :param session: the ``scoped_session`` that the application uses, with any registry, or a
+        ``sessionmaker``, of which a :func:`contextual_session` is made (:attr:`session`).
+    :param commit_veto: called as ``commit_veto(environ, status, headers)`` when the status is
+        known; true means: roll back.
+    :param commit_at: when a streamed response commits.  ``"start"``: before the status leaves;
+        ``"end"``: after the last chunk, in one transaction with the view.
+    :param activate_hook: called as ``activate_hook(environ)``; false means: the request passes
+        untouched.
+    :param environ_key: the prefix of the two keys in the environ: ``<environ_key>.scope`` holds
+        the :class:`SessionScope`, ``<environ_key>.session`` the scoped session.
+    :raises TypeError: if an argument is of the wrong type.
+    :raises ValueError: if it has a wrong value, or if *app* is a middleware for another session
+        with the same *environ_key*.
+
+    Exceptions of the application, and of the commit, go on to the server.
+    """
+
+    __slots__ = (
+        "_activate_hook",
+        "_app",
+        "_binder",
+        "_commit_at",
+        "_commit_veto",
+        "_scope_key",
+        "_session_key",
+        "session",
+    )
+
+    #: The scoped session that the requests are given.
+    session: scoped_session[Any]
+
+    def __init__(
+        self,
+        app: Application,
+        session: SessionSource,
+        *,
+        commit_veto: CommitVeto = default_commit_veto,
+        commit_at: str = "start",
+        activate_hook: ActivateHook | None = None,
+        environ_key: str = "sa_wsgi_session",
+    ) -> None:
+        if not callable(app):
+            raise TypeError(
+                f"app must be a WSGI application, a callable that takes environ and "
+                f"start_response, not an object of type {type_name(app)}"
+            )
+        if not callable(commit_veto):
+            raise TypeError(
+                f"commit_veto must be a callable that takes environ, status and headers, not an "
+                f"object of type {type_name(commit_veto)}; one that returns False commits always"
+            )
+        if activate_hook is not None and not callable(activate_hook):
+            raise TypeError(
+                f"activate_hook must be a callable that takes the environ, or None, not an object "
+                f"of type {type_name(activate_hook)}"
+            )
+        if not isinstance(environ_key, str):
+            raise TypeError(
+                f"environ_key must be a str, not an object of type {type_name(environ_key)}"
+            )
+        if not environ_key:
+            raise ValueError(
+                f"environ_key must be the beginning of a key in the environ, such as "
+                f"'sa_wsgi_session', not {environ_key!r}"
+            )
+        self._app = app
+        self.session = as_scoped_session(session)
+        self._binder = binder_of(self.session)
+        self._commit_veto = commit_veto
+        self._commit_at = check_commit_at(commit_at)
+        self._activate_hook = activate_hook
+        self._scope_key = f"{environ_key}.scope"
+        self._session_key = f"{environ_key}.session"
+        if (
+            isinstance(app, SessionMiddleware)
+            and app._scope_key == self._scope_key
+            and app._binder.key is not self._binder.key
+        ):
+            raise ValueError(
+                f"app is a SessionMiddleware for another session with the same "
+                f"environ_key={environ_key!r}, so neither could be told from the other in the "
+                f"environ: give one of them another environ_key"
+            )
+        listen(self._binder)
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        if self._activate_hook is not None and not self._activate_hook(environ):
+            return self._app(environ, start_response)
+        outer = environ.get(self._scope_key)
+        if outer is not None and self._is_running(outer):
+            return self._join(outer, environ, start_response)
+        return self._attempt(environ, start_response)
+
+    def _is_running(self, outer: object) -> bool:
+        return (
+            isinstance(outer, SessionScope)
+            and outer.binder.key is self._binder.key
+            and frame_of(outer) is not None
+        )
+
+    def _join(
+        self, outer: SessionScope, environ: Environ, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """A part of the request that *outer* is: wrapped twice, or a copy of its environ."""
+        try:
+            return self._app(environ, start_response)
+        except BaseException as error:
+            outer._set_rollback_only(error)
+            raise
+
+    def _attempt(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        binder = self._binder
+        scope = SessionScope(
+            binder,
+            (environ.get("REQUEST_METHOD", "?"), environ.get("PATH_INFO", "")),
+            commit_at=self._commit_at,
+        )
+        scope.watching = True
+        environ[self._scope_key] = scope
+        environ[self._session_key] = self.session
+        response = _Response(scope, self._commit_veto, environ, start_response)
+        made_file = _find_file_wrapper(environ)
+        body: Any = None
+        binder.enter(scope)
+        try:
+            body = self._app(environ, response.start)
+            if type(body) is list or type(body) is tuple:
+                if not _ONLY_BYTES.issuperset(map(type, body)):
+                    for chunk in body:
+                        _check_chunk(chunk)
+                stream = None
+            elif made_file is not None and made_file(body):
+                stream = None
+            else:
+                stream = _Stream(scope, body)
+                if response.status is None:
+                    # A generator application calls start_response on its first next().
+                    stream.pull()
+            response.decide()
+            if stream is None:
+                # No code of the application can run any more.
+                scope._end()
+            else:
+                if response.write_to is None:
+                    scope._settle(streams=True)
+                binder.leave(scope)
+                scope._run_callbacks()
+            response.forward()
+        except BaseException:
+            _abort(scope, body)
+            raise
+        if stream is None:
+            return body  # type: ignore[no-any-return]
+        stream.handed_on = True
+        return stream
+
+
+def _abort(scope: SessionScope, body: object) -> None:
+    """Roll back and remove; *body* reaches no server, so it is closed here.
+
+    The exception that brought us here stays the one that is raised.
+    """
+    ended = scope._state is State.ENDED
+    try:
+        if not (ended or scope._is_bound):
+            scope.binder.enter(scope)
+        scope._refuse()
+        close = getattr(body, "close", None)
+        if close is not None:
+            close()
+    except BaseException as error:
+        warn_of_error(error, "%s: closing the body failed after another error", scope)
+    finally:
+        if not ended:
+            try:
+                scope._end()
+            except BaseException as error:
+                warn_of_error(error, "%s: ending it failed after another error", scope)
+
+
+# What the application says: start_response and write()
+
+_STATUS = re.compile(r"[1-9][0-9]{2}(?: [^\x00-\x1f\x7f]*)?")
+_ONLY_BYTES = frozenset({bytes})
+
+
+@lru_cache(maxsize=64)
+def _is_status(status: str) -> bool:
+    return _STATUS.fullmatch(status) is not None
+
+
+def _check_status(status: object) -> None:
+    if not isinstance(status, str):
+        raise TypeError(
+            f"start_response was called with a status of type {type_name(status)}: PEP 3333 "
+            f'demands a str such as "200 OK" (The start_response() Callable)'
+        )
+    if not _is_status(status):
+        raise ValueError(
+            f'start_response was called with the status {status[:100]!r}: PEP 3333 demands "a '
+            f'status string of the form \'999 Message here\'", without control characters (The '
+            f"start_response() Callable)"
+        )
+
+
+def _check_chunk(chunk: object) -> None:
+    if isinstance(chunk, str):
+        raise TypeError(
+            "the body has a chunk of type str: PEP 3333 demands bytes (A Note On String Types); "
+            "encode it, for example with .encode('utf-8')"
+        )
+
+
+class _Response:
+    """What the application has said about its response, kept until it may be forwarded."""
+
+    __slots__ = (
+        "_answered",
+        "_environ",
+        "_error",
+        "_exc_info",
+        "_headers",
+        "_scope",
+        "_start_response",
+        "_veto",
+        "status",
+        "write_to",
+    )
+
+    def __init__(
+        self, scope: SessionScope, veto: CommitVeto, environ: Environ, start_response: StartResponse
+    ) -> None:
+        self._scope = scope
+        self._veto = veto
+        self._environ = environ
+        self._start_response = start_response
+        self.status: str | None = None
+        self._headers: Headers = []
+        self._exc_info: Any = None
+        #: What the application did wrong, or what failed while it wrote: it may have swallowed it.
+        self._error: BaseException | None = None
+        #: Whether it has answered that with a status since (its own error page).
+        self._answered = False
+        #: The server's own ``write``, once the status was forwarded.
+        self.write_to: Callable[[bytes], object] | None = None
+
+    def start(
+        self, status: str, headers: Headers, exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        """The ``start_response`` that the application is given."""
+        try:
+            if exc_info is None and (self.status is not None or self._error is not None):
+                raise RuntimeError(
+                    "start_response was called a second time without exc_info, which PEP 3333 "
+                    "calls a fatal error (The start_response() Callable)"
+                )
+            _check_status(status)
+            if self.write_to is not None:
+                # The server refuses by raising exc_info if the first byte has left.
+                self._scope._refuse()
+                self.write_to = self._start_response(status, headers, exc_info)
+            else:
+                self.status, self._headers, self._exc_info = status, headers, exc_info
+                self._answered = self._error is not None
+        except BaseException as error:
+            if self.write_to is not None:
+                self._scope._refuse()
+            else:
+                self._error = error
+            raise
+        finally:
+            exc_info = None  # the traceback refers to frames that refer to it
+        return self.write
+
+    def decide(self) -> None:
+        """Refuse the commit where the status, or the veto, demands it."""
+        if self._error is not None and not self._answered:
+            raise self._error
+        if self.status is None:
+            raise RuntimeError(
+                "the application has returned its body without calling start_response: PEP 3333 "
+                "demands that it is called before the first chunk (The start_response() Callable)"
+            )
+        if self.write_to is None and self._veto(self._environ, self.status, self._headers):
+            self._scope._refuse()
+        elif self._error is not None:
+            raise self._error
+
+    def forward(self) -> None:
+        """Tell the server, which may tell the client from now on."""
+        if self.write_to is None:
+            exc_info, self._exc_info = self._exc_info, None
+            assert self.status is not None
+            if exc_info is None:
+                self.write_to = self._start_response(self.status, self._headers)
+            else:
+                try:
+                    self.write_to = self._start_response(self.status, self._headers, exc_info)
+                finally:
+                    exc_info = None
+
+    def write(self, data: bytes) -> None:
+        """The legacy ``write`` that the application is given: settles before the first byte."""
+        scope = self._scope
+        try:
+            if not isinstance(data, bytes):
+                raise TypeError(
+                    f"write() was called with data of type {type_name(data)}: PEP 3333 demands "
+                    f"bytes (The write() Callable)"
+                )
+            if not scope._is_bound:
+                # The server, or whoever was handed write(), calls it between our calls.
+                if self.write_to is None:
+                    raise RuntimeError(
+                        "write() was called before the application had returned, but outside of "
+                        "its call: PEP 3333 demands the contrary (The write() Callable)"
+                    )
+                self.write_to(data)
+                return
+            if self.write_to is None:
+                self.decide()
+                scope._settle(streams=True)
+            scope.binder.leave(scope)
+            try:
+                scope._run_callbacks()
+                self.forward()
+                assert self.write_to is not None
+                self.write_to(data)
+            finally:
+                scope.binder.enter(scope)
+        except BaseException as error:
+            scope._refuse()
+            self._error, self._answered = error, False
+            raise
+
+
+def _find_file_wrapper(environ: Environ) -> Callable[[object], bool] | None:
+    """How to tell what the server's ``wsgi.file_wrapper`` made, if it has one."""
+    wrapper = environ.get("wsgi.file_wrapper")
+    if wrapper is None:
+        return None
+    if isinstance(wrapper, type):
+        return lambda body: isinstance(body, wrapper)
+    # A function, as uWSGI's and mod_wsgi's are, says nothing about what it returns (uWSGI's
+    # returns the file itself): it has to be seen returning it.
+    made: list[object] = []
+
+    def file_wrapper(*args: Any) -> Any:
+        made.append(wrapper(*args))
+        return made[-1]
+
+    environ["wsgi.file_wrapper"] = file_wrapper
+    return lambda body: any(body is known for known in made)
+
+
+# The body
+
+_NOTHING = object()
+
+
+class _Stream:
+    """A body that is streamed: binds the scope around every ``next`` and around ``close``."""
+
+    __slots__ = (
+        "__weakref__",
+        "_body",
+        "_closed",
+        "_first",
+        "_iterator",
+        "_complete",
+        "_scope",
+        "handed_on",
+    )
+
+    def __init__(self, scope: SessionScope, body: Any) -> None:
+        self.handed_on = False
+        self._closed = False
+        self._complete = False
+        self._first: Any = _NOTHING
+        self._scope = scope
+        self._body = body
+        if isinstance(body, (str, bytes, bytearray)) or not (
+            hasattr(body, "__iter__") or hasattr(body, "__getitem__")
+        ):
+            raise TypeError(
+                f"the application has returned a body of type {type_name(body)}: PEP 3333 demands "
+                f"an iterable that yields bytes, such as [b'...'] (Specification Overview)"
+            )
+        self._iterator: Iterator[bytes] = iter(body)
+
+    def pull(self) -> None:
+        """Pull the first chunk, for what the application does on the way to it."""
+        for chunk in self._iterator:
+            _check_chunk(chunk)
+            self._first = chunk
+            break
+
+    def __iter__(self) -> Iterator[bytes]:
+        # A generator, because the server then resumes it without a call in between; and a new one
+        # each time, because one kept in an attribute would be a reference cycle.
+        #
+        # Binding is written out here, for the two kinds of registry that are worth it: calling
+        # enter() and leave() would double the cost of a chunk.
+        scope = self._scope
+        binder = scope.binder
+        local = binder.local if isinstance(binder, ThreadBinder) else None
+        direct = local is not None or isinstance(binder, ContextBinder)
+        get_here = here.get
+        advance = self._iterator.__next__
+        if self._first is not _NOTHING:
+            first, self._first = self._first, _NOTHING
+            yield first
+        while not self._closed:
+            if direct:
+                frame = scope.frame
+                if get_here() is frame and frame is not None:
+                    frame.unit = scope
+                else:
+                    # The first chunk, or the first one in this thread or context.
+                    scope.frame = frame = Frame(scope, get_here())
+                    here.set(frame)
+                if local is not None:
+                    values = local.__dict__
+                    if values:
+                        scope.set_aside = values.pop("value", None)
+                    if scope.held is not None:
+                        values["value"] = scope.held
+            else:
+                binder.enter(scope)
+            try:
+                chunk = advance()
+                if type(chunk) is not bytes:
+                    _check_chunk(chunk)
+            except StopIteration:
+                self._finish()
+                return
+            except BaseException:
+                scope._refuse()
+                self._finish()
+                raise
+            if direct:
+                frame.unit = None  # type: ignore[union-attr]
+                if local is not None:
+                    scope.held = values.pop("value", None) if values else None
+                    if scope.set_aside is not None:
+                        values["value"] = scope.set_aside
+                        scope.set_aside = None
+            else:
+                binder.leave(scope)
+            if scope.callbacks is not None:
+                scope._run_callbacks()
+            yield chunk
+
+    def _finish(self) -> None:
+        """The application has no more chunks, or failed: conclude, while the client waits."""
+        scope = self._scope
+        try:
+            scope._conclude()
+            self._complete = True
+        finally:
+            scope.binder.leave(scope)
+            scope._run_callbacks()
+
+    def close(self) -> None:
+        """Call the application's ``close``, conclude what is left, remove the session."""
+        if self._closed:
+            return
+        self._closed = True
+        scope = self._scope
+        if not self._complete:
+            scope._refuse()  # the client went away, or something failed
+        scope.binder.enter(scope)
+        try:
+            close = getattr(self._body, "close", None)
+            if close is not None:
+                close()
+        except BaseException:
+            scope._refuse()
+            raise
+        finally:
+            scope._end()
+
+    def __del__(self) -> None:
+        if not self.handed_on or self._closed:
+            return
+        try:
+            warnings.warn(
+                f"{self._scope}: the body was dropped without a call to its close(), which "
+                f"PEP 3333 demands of the server and of every middleware; its session is "
+                f"removed now",
+                ResourceWarning,
+                stacklevel=1,
+                source=self,
+            )
+        finally:
+            try:
+                self.close()
+            except BaseException as error:
+                warn_of_error(error, "%s: closing the dropped body failed", self._scope)

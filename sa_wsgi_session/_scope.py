@@ -1,0 +1,469 @@
+"""The unit of work: one session, from its first use to its removal.
+
+Its life::
+
+              _settle()                       _end()
+    OPEN ───────────────────▶ SETTLED ───────────────────▶ ENDED
+      │    a response begins            the body is closed    ▲
+      └───────────────────────────────────────────────────────┘
+                             _end()
+              a job, or a response without a streamed body
+
+* OPEN: code of the application runs and nothing is decided.
+* SETTLED (only a response that streams): the status is known.  What was done so far has been
+  committed or rolled back, or waits for the end of the body (``commit_at="end"``, or because a
+  result is still open).  What the body does is a second transaction, which ``_conclude()`` commits
+  once the body was read to its end.
+* ENDED: the session is removed and its connection is back in the pool.
+
+In OPEN and SETTLED the unit is bound or not (see ``_binding``); every method here but
+``_run_callbacks()`` is called while it is bound.  Three facts can turn a commit into a rollback,
+from whichever state:
+
+* *refused*: the veto said no, an exception passed, or the client did not read to the end;
+* *doomed*: the application said so, and expects no error for it;
+* *rollback-only*: a part that had joined failed, and the application went on regardless.  That is
+  an error, unless the application itself has rolled back since.
+
+This file knows SQLAlchemy.  It does not know HTTP: a request is a name to log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, cast
+from urllib.parse import quote
+
+from ._binding import Binder, binder_of, frame_of, innermost
+from ._callbacks import Callbacks
+from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
+from ._watching import Watched, is_aborted, listen_for_outcomes
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, SessionTransaction
+
+    from ._binding import SessionSource
+    from ._watching import Watch
+
+COMMIT_AT = ("start", "end")
+
+
+def check_commit_at(value: object) -> str:
+    """Return *value*, or raise ``ValueError`` where it is no moment to commit at."""
+    if isinstance(value, str) and value in COMMIT_AT:
+        return value
+    raise ValueError(f'commit_at must be "start" or "end", not {value!r}')
+
+
+class State(Enum):
+    OPEN = "open"
+    SETTLED = "settled"
+    ENDED = "ended"
+
+
+class SessionScope(Watched):
+    """One unit of work: a request, or a :func:`session_scope`.
+
+    The application gets it from :func:`current_scope`, or from
+    ``environ["sa_wsgi_session.scope"]``, and does not make it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_commit_at",
+        "_doomed",
+        "_name",
+        "_refused",
+        "_rollback_only",
+        "_savepoint",
+        "_state",
+        "attempt",
+    )
+
+    #: Which attempt at this unit of work this is: 1, 2, …
+    attempt: int
+
+    def __init__(
+        self,
+        binder: Binder,
+        name: str | tuple[str, str],
+        *,
+        commit_at: str = "start",
+        within: SessionScope | None = None,
+    ) -> None:
+        super().__init__(binder, within)
+        self.attempt = 1 if within is None else within.attempt
+        self._name = name
+        self._commit_at = commit_at
+        self._state = State.OPEN
+        self._refused = False
+        self._doomed: str | None = None
+        self._rollback_only: tuple[SessionTransaction | None, BaseException] | None = None
+        self._savepoint: SessionTransaction | None = None
+
+    # What the application uses
+
+    @property
+    def session(self) -> Session:
+        """The :class:`~sqlalchemy.orm.Session` of this unit of work; made on first use.
+
+        :raises NoActiveScope: where the unit of work is not bound: after it has ended, between
+            the chunks of its body, on a thread that does not share it.
+        """
+        self._check_running("session")
+        if frame_of(self) is None:
+            raise NoActiveScope(
+                f"the unit of work {self} is not running here, so it has no session to give: "
+                f"use session_scope() for work outside of it"
+            )
+        return self.binder.session(self)
+
+    @property
+    def commit_at(self) -> str:
+        """When a streamed response commits: ``"start"`` or ``"end"``.
+
+        May be set, for this request alone, until the response begins.
+
+        :raises ValueError: if set to anything else.
+        :raises NoActiveScope: if set when the response has begun.
+        """
+        root = self._root
+        return root._commit_at
+
+    @commit_at.setter
+    def commit_at(self, value: str) -> None:
+        root = self._root
+        if root._state is not State.OPEN:
+            raise NoActiveScope(
+                f"commit_at of {self} was set to {value!r} after its response had begun: "
+                f"set it before the view returns"
+            )
+        root._commit_at = check_commit_at(value)
+
+    def doom(self, reason: str) -> None:
+        """Roll this unit of work back at its end, without an error: a dry run.
+
+        :param reason: why, for the log.
+        :raises NoActiveScope: if the unit of work has ended.
+
+        In a ``"nested"`` part only the ``SAVEPOINT`` is rolled back.
+        """
+        self._check_running("doom()")
+        self._doomed = reason
+
+    def on_commit(self, callback: Callable[[], object]) -> None:
+        """Call *callback* when what is done in the present transaction is durable.
+
+        :param callback: is called without arguments, after the commit, before the response
+            leaves, with no session bound: work of its own on the database needs a
+            :func:`session_scope`.  An exception that it raises is logged and has no other effect.
+        :raises TypeError: if *callback* cannot be called.
+        :raises NoActiveScope: if the unit of work has ended.
+
+        Dropped when the transaction, or the ``SAVEPOINT`` in which it was registered, is rolled
+        back.
+        """
+        self._add_callback("on_commit()", callback, on_commit=True)
+
+    def on_rollback(self, callback: Callable[[], object]) -> None:
+        """Call *callback* when what is done in the present transaction was rolled back.
+
+        Otherwise like :meth:`on_commit`.
+        """
+        self._add_callback("on_rollback()", callback, on_commit=False)
+
+    def __str__(self) -> str:
+        """The request or the job, in a form that is safe to log."""
+        if isinstance(self._name, str):
+            return self._name
+        # Both are the client's choice: quoted, so that they can't forge a line, and cut.
+        method, path = self._name
+        return f"{quote(method[:20])} {quote(path[:200], encoding='latin-1', errors='replace')}"
+
+    def __repr__(self) -> str:
+        return f"<SessionScope {self}, {self._state.value}>"
+
+    # What the two front doors use: the life of the unit
+
+    @property
+    def _root(self) -> SessionScope:
+        """The unit of work that owns the session: this one, unless it is a SAVEPOINT."""
+        return cast("SessionScope", self.within or self)
+
+    @property
+    def _is_bound(self) -> bool:
+        return self.frame is not None and self.frame.unit is self
+
+    def _refuse(self) -> None:
+        """From now on nothing of this unit may be committed."""
+        self._refused = True
+
+    def _settle(self, *, streams: bool) -> None:
+        """The status is known: conclude the first half, unless it has to wait for the body."""
+        try:
+            waits = streams and self._waits_for_body()
+        except BaseException:
+            self._refuse()
+            self._conclude()
+            raise
+        finally:
+            self._state = State.SETTLED
+            self.watching = False
+            self.watch = None
+        if not waits:
+            self._conclude()
+
+    def _waits_for_body(self) -> bool:
+        """Whether the transaction must outlive the start of the response."""
+        session = self.binder.peek(self)
+        if session is None or not session.in_transaction() or not session.is_active:
+            return False
+        commits = not self._refused and self._doomed is None
+        if commits:
+            # Better now, while an error is still an error page, than in the middle of the body.
+            self._check_commit(session)
+            if self._commit_at == "end":
+                return True
+        watch = self.watch
+        if watch is None or not watch.has_open_result():
+            return False
+        if not commits:
+            # Rolling back now would take the rows of, say, an error page that streams.
+            return not (watch.changed or session.new or session.dirty or session.deleted)
+        session.flush()  # else what is merely pending would look like nothing
+        if watch.changed:
+            log.warning(
+                "%s: committed with a result still open, whose unread rows may be lost to the "
+                'body; set current_scope().commit_at = "end" to keep one transaction for the '
+                "view and the body",
+                self,
+            )
+        return not watch.changed
+
+    def _conclude(self) -> None:
+        """Commit what the session holds now, or roll it back, and tell the callbacks.
+
+        A commit that fails is rolled back; then its exception goes on.
+        """
+        session = self.binder.peek(self)
+        if session is not None and session.in_transaction():
+            if self._refused or self._doomed is not None:
+                self._roll_back(session)
+                outcome = "rolled back"
+            else:
+                try:
+                    self._commit(session)
+                except BaseException:
+                    self._refuse()
+                    self._roll_back(session)
+                    self._tell_callbacks()
+                    raise
+                outcome = "committed"
+        else:
+            outcome = "nothing to commit or roll back"
+        self._tell_callbacks()
+        if log.isEnabledFor(logging.DEBUG):
+            why = "" if self._doomed is None else f" (doomed: {self._doomed!r})"
+            log.debug("%s: %s%s", self, outcome, why)
+
+    def _end(self) -> None:
+        """Conclude, remove the session whatever happens, unbind, and run what is due."""
+        try:
+            self._conclude()
+        finally:
+            try:
+                self._remove()
+            finally:
+                self._state = State.ENDED
+                self.binder.leave(self)
+                self.held = None
+                self.connections = []
+                self._rollback_only = None
+                self._run_callbacks()
+
+    def _run_callbacks(self) -> None:
+        """Run the callbacks that are due.  The unit is not bound."""
+        if self.callbacks is not None and self.callbacks.due:
+            self.callbacks.run()
+
+    # A SAVEPOINT within the unit
+
+    def _begin_savepoint(self) -> None:
+        self._savepoint = self.session.begin_nested()
+
+    def _end_savepoint(self) -> None:
+        """Release the SAVEPOINT, or roll back to it."""
+        try:
+            session = self.binder.peek(self)
+            savepoint = self._savepoint
+            # The application may have ended it itself, with the whole transaction.
+            if session is not None and savepoint is not None and _is_open(session, savepoint):
+                if self._refused or self._doomed is not None:
+                    self._roll_back_savepoint(session, savepoint)
+                else:
+                    try:
+                        self._check_commit(session)
+                        savepoint.commit()
+                    except BaseException:
+                        if _is_open(session, savepoint):
+                            self._roll_back_savepoint(session, savepoint)
+                        raise
+        finally:
+            self._state = State.ENDED
+            self._rollback_only = None
+            self._savepoint = None
+            self.binder.unnest(self)
+
+    def _roll_back_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
+        try:
+            savepoint.rollback()
+        except Exception as error:
+            warn_of_error(error, "%s: rolling back to a SAVEPOINT failed", self)
+            self._invalidate(session)
+
+    # A part that has joined
+
+    def _set_rollback_only(self, error: BaseException) -> None:
+        """*error* escapes from a part of this unit: it can only be rolled back.
+
+        Until the application itself rolls back, which is why the transaction is noted, and begun
+        if it was not.
+        """
+        transaction = self._savepoint
+        if transaction is None:
+            try:
+                session = self.binder.session(self)
+                transaction = session.get_transaction() or session.begin()
+            except Exception as second:
+                warn_of_error(second, "%s: could not tell its transaction", self)
+        self._rollback_only = (transaction, error)
+
+    # Steps
+
+    def _check_running(self, what: str) -> None:
+        if self._state is State.ENDED:
+            raise NoActiveScope(
+                f"{what} of {self} was used after that unit of work had ended: "
+                f"use session_scope() for work outside of it"
+            )
+
+    def _add_callback(self, what: str, callback: Callable[[], object], *, on_commit: bool) -> None:
+        if not callable(callback):
+            raise TypeError(
+                f"{what} takes a callable without arguments, "
+                f"not an object of type {type_name(callback)}"
+            )
+        self._check_running(what)
+        root = self._root
+        if root.callbacks is None:
+            listen_for_outcomes(root.binder)
+            root.callbacks = Callbacks()
+        session = root.binder.peek(root)
+        savepoint = session.get_nested_transaction() if session is not None else None
+        root.callbacks.add(callback, on_commit=on_commit, savepoint=savepoint)
+
+    def _tell_callbacks(self) -> None:
+        """Settle the callbacks for which there was no transaction that could have told them."""
+        if self.callbacks is not None:
+            if self._refused or self._doomed is not None:
+                self.callbacks.ended(None)
+            else:
+                self.callbacks.committed(None)
+
+    def _check_commit(self, session: Session) -> None:
+        """Raise ``RollbackOnlyError`` if the transaction of *session* must not be committed."""
+        if self._rollback_only is not None:
+            failed, error = self._rollback_only
+            current = self._savepoint or session.get_transaction()
+            if failed is None or failed is current:
+                raise RollbackOnlyError(
+                    f"{self} cannot be committed: {type_name(error)} escaped from a part that had "
+                    f"joined it and was swallowed, so only half of the work is there; let the "
+                    f"exception pass, call Session.rollback() where you handle it, or run "
+                    f'that part with propagation="nested"'
+                ) from error
+        for connection in self._root.connections:
+            if is_aborted(connection):
+                raise RollbackOnlyError(
+                    f"{self} cannot be committed: the database has aborted its transaction after "
+                    f"an error that was swallowed, and would answer COMMIT with a rollback; let "
+                    f"the exception pass, call Session.rollback() where you handle it, or run "
+                    f"the statement in Session.begin_nested()"
+                )
+
+    def _commit(self, session: Session) -> None:
+        self._check_commit(session)
+        # What the view has loaded stays loaded, for the body to render: refreshing it would cost
+        # a statement for each object and a transaction that idles behind a slow client.
+        expire = session.expire_on_commit
+        session.expire_on_commit = False
+        try:
+            transaction = session.get_transaction()
+            session.commit()
+            # A Session of SQLAlchemy 1.4 without future=True commits one level at a time.
+            while transaction is not None and session.get_transaction() is transaction:
+                session.commit()
+        finally:
+            session.expire_on_commit = expire
+
+    def _roll_back(self, session: Session) -> None:
+        try:
+            transaction = session.get_transaction()
+            session.rollback()
+            while transaction is not None and session.get_transaction() is transaction:
+                session.rollback()
+        except BaseException as error:
+            warn_of_error(error, "%s: the rollback failed; its connection is discarded", self)
+            self._invalidate(session)
+            if not isinstance(error, Exception):
+                raise
+
+    def _remove(self) -> None:
+        session = self.binder.peek(self)
+        if session is None:
+            return
+        try:
+            session.close()
+        except BaseException as error:
+            warn_of_error(error, "%s: closing the session failed; its connection is discarded", self)
+            self._invalidate(session)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self.binder.forget(self)
+
+    def _invalidate(self, session: Session) -> None:
+        """Close *session* without giving its connections back to the pool."""
+        try:
+            session.invalidate()
+        except Exception as error:
+            warn_of_error(error, "%s: discarding its connection failed", self)
+
+
+def _is_open(session: Session, savepoint: SessionTransaction) -> bool:
+    """Whether *session* is still within *savepoint*."""
+    transaction = session.get_nested_transaction()
+    while transaction is not None and transaction is not savepoint:
+        transaction = transaction.parent
+    return transaction is not None
+
+
+def current_scope(session: SessionSource | None = None) -> SessionScope:
+    """The innermost :class:`SessionScope` that is active here.
+
+    :param session: the ``scoped_session``, or the ``sessionmaker``, whose unit of work is meant;
+        needed only where several databases are in use.
+    :raises NoActiveScope: where no unit of work (of that session) is active.
+    :raises TypeError: if *session* is neither.
+    """
+    scope = innermost(None if session is None else binder_of(session).key)
+    if scope is None:
+        raise NoActiveScope(
+            "no unit of work is active here"
+            + ("" if session is None else " for that session")
+            + ": wrap the code in session_scope() or with_session(), or run it within a request "
+            "to SessionMiddleware"
+        )
+    return cast("SessionScope", scope)

@@ -1,0 +1,234 @@
+"""What SQLAlchemy tells a unit of work about its session.
+
+Three questions are answered here, each by the cheapest events that can answer it:
+
+* *Is a result still open, and was anything changed?*  A request asks that before it commits the
+  transaction of a response that streams.  ``do_execute`` and its siblings hand over the execution
+  context of every statement; a weak reference to it is dead as soon as its result was read to the
+  end or dropped.  (Events of the dialect, unlike ``before_cursor_execute``, do not send
+  SQLAlchemy's connections down their slow path.)
+* *Which connections does the transaction use?*  ``after_begin`` says.
+* *When has a transaction ended, and how?*  ``after_commit`` and ``after_transaction_end`` say,
+  and are listened to only once somebody has registered a callback.
+
+All listeners are functions of this module that look for the unit in ``here``: no state of a
+request is ever attached to a session, a connection or an engine.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from functools import lru_cache, partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+
+from ._binding import Binder, Unit, here
+from ._callbacks import Callbacks
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+
+class Watched(Unit):
+    """A unit that is told what its session does: the base of ``SessionScope``."""
+
+    __slots__ = ("callbacks", "connections", "watch", "watching")
+
+    def __init__(self, binder: Binder, within: Unit | None = None) -> None:
+        super().__init__(binder, within)
+        #: What the transaction uses (and perhaps what earlier ones used and gave back).
+        self.connections: list[Connection] = []
+        #: Whether somebody will want to know about open results and changes.
+        self.watching = False
+        #: The statements of the current transaction, if so and if one has begun.
+        self.watch: Watch | None = None
+        #: What waits for the outcome; made with the first callback.
+        self.callbacks: Callbacks | None = None
+
+
+class Watch:
+    """The statements that a transaction has sent, as far as streaming depends on them."""
+
+    __slots__ = ("_contexts", "_limit", "changed", "pooled")
+
+    def __init__(self) -> None:
+        #: The pool's proxies of the connections.  (The Connection objects would not do: SQLAlchemy
+        #: 1.4 makes another one for every change of execution options.)
+        self.pooled: list[Any] = []
+        self.changed = False
+        self._contexts: list[weakref.ref[Any]] = []
+        self._limit = 64
+
+    def statement(self, statement: str, context: Any) -> None:
+        contexts = self._contexts
+        contexts.append(weakref.ref(context))
+        if len(contexts) > self._limit:
+            # Forget those that are read, so that a view of 100,000 statements does not keep
+            # 100,000 references; a limit that grows with what is left keeps that linear.
+            contexts[:] = [reference for reference in contexts if reference() is not None]
+            self._limit = 2 * len(contexts) + 64
+        if not self.changed and changes(statement):
+            self.changed = True
+
+    def has_open_result(self) -> bool:
+        return any(_is_open(reference()) for reference in self._contexts)
+
+
+def _is_open(context: Any) -> bool:
+    """Whether the result of the execution *context*, if it is alive, has rows left to give."""
+    if context is None or context.root_connection.closed:
+        return False  # read or dropped; or the application itself has ended its transaction
+    # Alive may also mean that somebody keeps a result that gave no rows, or that was read.
+    # The drivers of PostgreSQL say so; where a driver does not, the result counts as open.
+    try:
+        return context.cursor.description is not None and not getattr(
+            context.cursor, "closed", False
+        )
+    except Exception:
+        # PEP 249 lets a closed cursor raise an Error of its driver, whatever it is asked.
+        return False
+
+
+# Quoted text and comments, in which the words below mean nothing.
+_QUOTED = re.compile(
+    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^\]]*\] | --[^\n]* | /\*.*?\*/""",
+    re.VERBOSE | re.DOTALL,
+)
+_READS = re.compile(
+    r"""[\s(]*(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESC|DESCRIBE|PRAGMA|SET|
+    SAVEPOINT|RELEASE|ROLLBACK|DECLARE|FETCH|CLOSE|LOCK)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_CHANGES = re.compile(
+    r"\b(?:INSERT|DELETE|MERGE|INTO|(?<!FOR\s)(?<!KEY\s)UPDATE)\b", re.IGNORECASE
+)
+
+
+@lru_cache(maxsize=1024)
+def changes(statement: str) -> bool:
+    """Whether *statement* may change data: anything but a plain reading one.
+
+    ``SELECT … INTO`` and data-modifying ``WITH`` change data; ``SELECT … FOR UPDATE`` does not.
+    A function with side effects in a ``SELECT`` cannot be told from one without.
+    """
+    bare = _QUOTED.sub(" ", statement)
+    return not _READS.match(bare) or _CHANGES.search(bare) is not None
+
+
+def listen(binder: Binder) -> None:
+    """Listen to the sessions of *binder*; once for each class of sessions, however often called."""
+    target = _session_class(binder.factory)
+    if not event.contains(target, "after_begin", _after_begin):
+        event.listen(target, "after_begin", _after_begin)
+    options = getattr(binder.factory, "kw", None)
+    engine = options.get("bind") if isinstance(options, dict) else None
+    if engine is not None:
+        _listen_to_dialect(engine.dialect)
+
+
+def listen_for_outcomes(binder: Binder) -> None:
+    """Listen also to how the transactions of *binder*'s sessions end."""
+    target = _session_class(binder.factory)
+    if not event.contains(target, "after_transaction_end", _after_transaction_end):
+        event.listen(target, "after_commit", _after_commit)
+        event.listen(target, "after_transaction_end", _after_transaction_end)
+
+
+def _session_class(factory: Any) -> type[Session]:
+    """The class whose instances *factory* makes; ``Session`` itself where that can't be told."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    if isinstance(factory, sessionmaker):
+        return factory.class_
+    if isinstance(factory, type) and issubclass(factory, Session):
+        return factory
+    return Session
+
+
+_dialects: weakref.WeakSet[Any] = weakref.WeakSet()
+_dialects_lock = Lock()
+
+
+def _listen_to_dialect(dialect: Any) -> None:
+    with _dialects_lock:
+        if dialect not in _dialects:
+            event.listen(dialect, "do_execute", _do_execute)
+            event.listen(dialect, "do_executemany", _do_execute)
+            event.listen(dialect, "do_execute_no_params", _do_execute_no_params)
+            _dialects.add(dialect)
+
+
+def _unit_of(session: Session) -> Watched | None:
+    """The unit bound here whose session this is; none for a session that is not ours."""
+    frame = here.get()
+    while frame is not None:
+        unit = frame.unit
+        if unit is not None and unit.binder.peek(unit) is session:
+            return unit.within or unit  # type: ignore[return-value]
+        frame = frame.outer
+    return None
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    if transaction.nested:
+        return
+    unit = _unit_of(session)
+    if unit is None:
+        return
+    # More than one where a session has several binds.
+    others = [known for known in unit.connections if known is not connection and not known.closed]
+    unit.connections = [*others, connection]
+    if unit.watching:
+        if unit.watch is None or not others:
+            unit.watch = Watch()
+        unit.watch.pooled.append(connection.connection)
+        if connection.dialect not in _dialects:
+            _listen_to_dialect(connection.dialect)
+
+
+def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
+    _do_execute_no_params(cursor, statement, context)
+
+
+def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> None:
+    frame = here.get()
+    while frame is not None:
+        watch = frame.unit.watch if frame.unit is not None else None
+        if watch is not None and context.root_connection.connection in watch.pooled:
+            watch.statement(statement, context)
+            return
+        frame = frame.outer
+
+
+def _after_commit(session: Session) -> None:
+    unit = _unit_of(session)
+    if unit is not None and unit.callbacks is not None:
+        unit.callbacks.committed(session.get_nested_transaction())
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is not None and not transaction.nested:
+        return  # a subtransaction, such as a flush makes: no transaction of the database
+    unit = _unit_of(session)
+    if unit is not None and unit.callbacks is not None:
+        unit.callbacks.ended(transaction if transaction.nested else None)
+
+
+#: ``PQTRANS_INERROR`` of libpq: in a failed transaction block.
+_IN_ERROR = 3
+
+
+def is_aborted(connection: Connection) -> bool:
+    """Whether the database has given up the transaction on *connection*, as PostgreSQL does.
+
+    After any error PostgreSQL refuses every statement, and answers ``COMMIT`` by rolling back,
+    which its drivers do not report.  psycopg and psycopg2 know the state without asking.
+    """
+    if connection.closed or connection.invalidated:
+        return False
+    info = getattr(connection.connection.dbapi_connection, "info", None)
+    return getattr(info, "transaction_status", None) == _IN_ERROR
