@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ThreadLocalRegistry
@@ -69,14 +69,14 @@ class Frame:
 
     __slots__ = ("outer", "thread", "unit")
 
-    def __init__(self, unit: Unit, outer: Frame | None) -> None:
+    def __init__(self, unit: Unit | None, outer: Frame | None) -> None:
         #: The unit (always a ``SessionScope``, of which this file need not know), or ``None``.
         self.unit: Any = unit
         # A frame that is empty now cannot be around us: its unit is not running.  Skipping it
         # keeps the chain as short as the calls are deep, however streams are interleaved.
         while outer is not None and outer.unit is None:
             outer = outer.outer
-        self.outer = outer
+        self.outer: Frame | None = outer
         self.thread = get_ident()
 
 
@@ -87,7 +87,7 @@ def innermost(key: object = None) -> Unit | None:
     """The innermost unit bound here (of the registry with that key, if one is given)."""
     frame = here.get()
     while frame is not None:
-        unit = frame.unit
+        unit: Unit | None = frame.unit
         if unit is not None and (key is None or unit.binder.key is key):
             return unit
         frame = frame.outer
@@ -156,7 +156,7 @@ class Binder:
 
     def peek(self, unit: Unit) -> Session | None:
         """The session of *unit*, which is bound here, if it has one already."""
-        return self.registry() if self.registry.has() else None  # type: ignore[no-any-return]
+        return self.registry() if self.registry.has() else None
 
     def session(self, unit: Unit) -> Session:
         """The session of *unit*, which is bound here; made now if it has none yet."""
@@ -295,14 +295,13 @@ def contextual_session(factory: Callable[..., Session]) -> scoped_session[Any]:
     All contextual sessions of the same *factory* are the same session.
     """
     refuse_async(factory, "factory")
-    if not callable(factory) or isinstance(factory, scoped_session):
+    if isinstance(factory, scoped_session) or not callable(factory):
         raise TypeError(
-            f"factory must be a sessionmaker or another callable that returns a Session, "
-            f"not {_shown(factory)}"
+            f"factory must be a sessionmaker or another callable that returns a Session, not {_shown(factory)}"
         )
     refuse_autocommit(factory, "factory")
-    scoped = scoped_session(factory)  # type: ignore[type-var]
-    scoped.registry = ContextRegistry(factory)  # type: ignore[assignment]
+    scoped: scoped_session[Any] = scoped_session(cast("sessionmaker[Any]", factory))
+    scoped.registry = cast(Any, ContextRegistry(factory))
     return scoped
 
 
@@ -315,10 +314,7 @@ def as_scoped_session(session: object, argument: str = "session") -> scoped_sess
         refuse_async(session.session_factory, argument)
         refuse_autocommit(session.session_factory, argument)
         return session
-    raise TypeError(
-        f"{argument} must be a scoped_session (with any registry) or a sessionmaker, "
-        f"not {_shown(session)}"
-    )
+    raise TypeError(f"{argument} must be a scoped_session (with any registry) or a sessionmaker, not {_shown(session)}")
 
 
 def binder_of(session: object, argument: str = "session") -> Binder:
@@ -336,9 +332,7 @@ def refuse_async(value: object, argument: str) -> None:
     """Raise ``TypeError`` if *value* is, or makes, a session of SQLAlchemy's asyncio extension."""
     made = getattr(value, "class_", None)
     for cls in (type(value), made, value):
-        if isinstance(cls, type) and any(
-            base.__module__.startswith("sqlalchemy.ext.asyncio") for base in cls.__mro__
-        ):
+        if isinstance(cls, type) and any(base.__module__.startswith("sqlalchemy.ext.asyncio") for base in cls.__mro__):
             raise TypeError(
                 f"{argument} must be a scoped_session or a sessionmaker of synchronous Sessions, "
                 f"not {_shown(value)}: WSGI calls the application synchronously, so an "

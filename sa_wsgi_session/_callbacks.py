@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 class _Waiting:
     __slots__ = ("callback", "on_commit", "savepoint")
 
-    def __init__(
-        self, callback: Callback, on_commit: bool, savepoint: SessionTransaction | None
-    ) -> None:
+    def __init__(self, callback: Callback, on_commit: bool, savepoint: SessionTransaction | None) -> None:
         self.callback = callback
         self.on_commit = on_commit
         #: The SAVEPOINT it belongs to; ``None`` for the transaction itself.
@@ -45,9 +43,7 @@ class Callbacks:
         #: Those whose time has come, in that order.
         self.due: list[Callback] = []
 
-    def add(
-        self, callback: Callback, *, on_commit: bool, savepoint: SessionTransaction | None
-    ) -> None:
+    def add(self, callback: Callback, *, on_commit: bool, savepoint: SessionTransaction | None) -> None:
         self._waiting.append(_Waiting(callback, on_commit, savepoint))
 
     def committed(self, savepoint: SessionTransaction | None) -> None:

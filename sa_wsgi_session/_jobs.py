@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from ._binding import Binder, binder_of, innermost
+from ._binding import binder_of, innermost
 from ._errors import callable_name, type_name
 from ._scope import SessionScope
 from ._watching import listen
@@ -25,7 +25,7 @@ _R = TypeVar("_R")
 PROPAGATION = ("required", "nested", "requires_new")
 
 
-class session_scope:  # noqa: N801 (a context manager reads as a verb, like contextlib's)
+class session_scope:
     """A unit of work for code outside of requests: a context manager that yields the ``Session``.
 
     It commits when the block ends, rolls back when an exception leaves it, and removes the
@@ -73,9 +73,7 @@ class session_scope:  # noqa: N801 (a context manager reads as a verb, like cont
 
     def __enter__(self) -> Session:
         if self._scope is not None or self._within is not None:
-            raise RuntimeError(
-                "this session_scope() is in use already: call session_scope() for each block"
-            )
+            raise RuntimeError("this session_scope() is in use already: call session_scope() for each block")
         binder = self._binder
         around = innermost(binder.key)
         assert around is None or isinstance(around, SessionScope)
@@ -180,9 +178,7 @@ def check_propagation(value: object) -> str:
 
 def _check_function(function: Callable[..., object], argument: str) -> None:
     if not callable(function):
-        raise TypeError(
-            f"with_session(...) decorates a function, not an object of type {type_name(function)}"
-        )
+        raise TypeError(f"with_session(...) decorates a function, not an object of type {type_name(function)}")
     name = callable_name(function)
     if (
         inspect.iscoroutinefunction(function)

@@ -116,9 +116,7 @@ class SessionMiddleware:
                 f"of type {type_name(activate_hook)}"
             )
         if not isinstance(environ_key, str):
-            raise TypeError(
-                f"environ_key must be a str, not an object of type {type_name(environ_key)}"
-            )
+            raise TypeError(f"environ_key must be a str, not an object of type {type_name(environ_key)}")
         if not environ_key:
             raise ValueError(
                 f"environ_key must be the beginning of a key in the environ, such as "
@@ -153,15 +151,9 @@ class SessionMiddleware:
         return self._attempt(environ, start_response)
 
     def _is_running(self, outer: object) -> bool:
-        return (
-            isinstance(outer, SessionScope)
-            and outer.binder.key is self._binder.key
-            and frame_of(outer) is not None
-        )
+        return isinstance(outer, SessionScope) and outer.binder.key is self._binder.key and frame_of(outer) is not None
 
-    def _join(
-        self, outer: SessionScope, environ: Environ, start_response: StartResponse
-    ) -> Iterable[bytes]:
+    def _join(self, outer: SessionScope, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """A part of the request that *outer* is: wrapped twice, or a copy of its environ."""
         try:
             return self._app(environ, start_response)
@@ -259,7 +251,7 @@ def _check_status(status: object) -> None:
     if not _is_status(status):
         raise ValueError(
             f'start_response was called with the status {status[:100]!r}: PEP 3333 demands "a '
-            f'status string of the form \'999 Message here\'", without control characters (The '
+            f"status string of the form '999 Message here'\", without control characters (The "
             f"start_response() Callable)"
         )
 
@@ -288,9 +280,7 @@ class _Response:
         "write_to",
     )
 
-    def __init__(
-        self, scope: SessionScope, veto: CommitVeto, environ: Environ, start_response: StartResponse
-    ) -> None:
+    def __init__(self, scope: SessionScope, veto: CommitVeto, environ: Environ, start_response: StartResponse) -> None:
         self._scope = scope
         self._veto = veto
         self._environ = environ
@@ -305,9 +295,7 @@ class _Response:
         #: The server's own ``write``, once the status was forwarded.
         self.write_to: Callable[[bytes], object] | None = None
 
-    def start(
-        self, status: str, headers: Headers, exc_info: Any = None
-    ) -> Callable[[bytes], object]:
+    def start(self, status: str, headers: Headers, exc_info: Any = None) -> Callable[[bytes], object]:
         """The ``start_response`` that the application is given."""
         try:
             if exc_info is None and (self.status is not None or self._error is not None):
@@ -426,9 +414,9 @@ class _Stream:
         "__weakref__",
         "_body",
         "_closed",
+        "_complete",
         "_first",
         "_iterator",
-        "_complete",
         "_scope",
         "handed_on",
     )
@@ -440,9 +428,7 @@ class _Stream:
         self._first: Any = _NOTHING
         self._scope = scope
         self._body = body
-        if isinstance(body, (str, bytes, bytearray)) or not (
-            hasattr(body, "__iter__") or hasattr(body, "__getitem__")
-        ):
+        if isinstance(body, (str, bytes, bytearray)) or not (hasattr(body, "__iter__") or hasattr(body, "__getitem__")):
             raise TypeError(
                 f"the application has returned a body of type {type_name(body)}: PEP 3333 demands "
                 f"an iterable that yields bytes, such as [b'...'] (Specification Overview)"

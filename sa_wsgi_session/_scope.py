@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction
 
     from ._binding import SessionSource
-    from ._watching import Watch
 
 COMMIT_AT = ("start", "end")
 
@@ -137,8 +136,7 @@ class SessionScope(Watched):
         root = self._root
         if root._state is not State.OPEN:
             raise NoActiveScope(
-                f"commit_at of {self} was set to {value!r} after its response had begun: "
-                f"set it before the view returns"
+                f"commit_at of {self} was set to {value!r} after its response had begun: set it before the view returns"
             )
         root._commit_at = check_commit_at(value)
 
@@ -351,10 +349,7 @@ class SessionScope(Watched):
 
     def _add_callback(self, what: str, callback: Callable[[], object], *, on_commit: bool) -> None:
         if not callable(callback):
-            raise TypeError(
-                f"{what} takes a callable without arguments, "
-                f"not an object of type {type_name(callback)}"
-            )
+            raise TypeError(f"{what} takes a callable without arguments, not an object of type {type_name(callback)}")
         self._check_running(what)
         root = self._root
         if root.callbacks is None:

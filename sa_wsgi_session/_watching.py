@@ -21,7 +21,7 @@ import re
 import weakref
 from functools import lru_cache, partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
@@ -85,9 +85,7 @@ def _is_open(context: Any) -> bool:
     # Alive may also mean that somebody keeps a result that gave no rows, or that was read.
     # The drivers of PostgreSQL say so; where a driver does not, the result counts as open.
     try:
-        return context.cursor.description is not None and not getattr(
-            context.cursor, "closed", False
-        )
+        return context.cursor.description is not None and not getattr(context.cursor, "closed", False)
     except Exception:
         # PEP 249 lets a closed cursor raise an Error of its driver, whatever it is asked.
         return False
@@ -103,9 +101,7 @@ _READS = re.compile(
     SAVEPOINT|RELEASE|ROLLBACK|DECLARE|FETCH|CLOSE|LOCK)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
-_CHANGES = re.compile(
-    r"\b(?:INSERT|DELETE|MERGE|INTO|(?<!FOR\s)(?<!KEY\s)UPDATE)\b", re.IGNORECASE
-)
+_CHANGES = re.compile(r"\b(?:INSERT|DELETE|MERGE|INTO|(?<!FOR\s)(?<!KEY\s)UPDATE)\b", re.IGNORECASE)
 
 
 @lru_cache(maxsize=1024)
@@ -168,7 +164,7 @@ def _unit_of(session: Session) -> Watched | None:
     while frame is not None:
         unit = frame.unit
         if unit is not None and unit.binder.peek(unit) is session:
-            return unit.within or unit  # type: ignore[return-value]
+            return cast(Watched, unit.within or unit)
         frame = frame.outer
     return None
 
