@@ -56,12 +56,19 @@ class Unit:
     #: The frame in which the unit is bound; what it says is stale while the unit is unbound.
     frame: Frame | None
 
-    def __init__(self, binder: Binder, within: Unit | None = None) -> None:
-        self.binder = binder
-        self.within = within
-        self.held = None
-        self.set_aside = None
-        self.frame = None
+    def bind(self) -> None:
+        """Bind the unit here."""
+        if self.within is None:
+            self.binder.enter(self)
+        else:
+            self.binder.nest(self)
+
+    def unbind(self) -> None:
+        """Undo :meth:`bind`; the unit is the innermost one here."""
+        if self.within is None:
+            self.binder.leave(self)
+        else:
+            self.binder.unnest(self)
 
 
 class Frame:
@@ -87,21 +94,53 @@ def innermost(key: object = None) -> Unit | None:
     """The innermost unit bound here (of the registry with that key, if one is given)."""
     frame = here.get()
     while frame is not None:
-        unit: Unit | None = frame.unit
-        if unit is not None and (key is None or unit.binder.key is key):
+        if frame.unit is not None and (key is None or frame.unit.binder.key is key) and _is_visible(frame):
+            unit: Unit = frame.unit
             return unit
         frame = frame.outer
     return None
 
 
-def frame_of(unit: Unit) -> Frame | None:
-    """The frame in which *unit*, or a SAVEPOINT within it, is bound here."""
+def is_here(unit: Unit) -> bool:
+    """Whether *unit*, or a SAVEPOINT within it, is bound here."""
     frame = here.get()
     while frame is not None:
         if frame.unit is not None and (frame.unit is unit or frame.unit.within is unit):
-            return frame
+            return _is_visible(frame)
         frame = frame.outer
-    return None
+    return False
+
+
+def _is_visible(frame: Frame) -> bool:
+    """Whether the session of the unit in *frame* can be had on this thread.
+
+    A context that was copied from another thread still has its frames, but a thread-local registry does not follow.
+    """
+    return frame.thread == get_ident() or frame.unit.binder.contextual
+
+
+def unwind(frame: Frame) -> list[Unit]:
+    """Unbind what code has left bound on top of *frame*, and return it, innermost first.
+
+    A generator that has a ``with session_scope(…)`` around a ``yield`` does that.
+    """
+    above = []
+    inner = here.get()
+    while inner is not None and inner is not frame:
+        if inner.unit is not None:
+            above.append(inner.unit)
+        inner = inner.outer
+    if inner is None:
+        return []  # another context, in which that frame never was
+    for unit in above:
+        unit.unbind()
+    return above
+
+
+def rewind(units: list[Unit]) -> None:
+    """Bind again what :func:`unwind` has unbound."""
+    for unit in reversed(units):
+        unit.bind()
 
 
 class Binder:
@@ -109,8 +148,6 @@ class Binder:
 
     __slots__ = ("factory", "key", "registry")
 
-    #: SQLAlchemy's ``threading.local`` where that can be used directly, else ``None``.
-    local: Any = None
     #: Whether the registry itself looks for the unit, so that nothing has to be moved.
     contextual = False
 
@@ -144,7 +181,7 @@ class Binder:
         self.nest(unit)
 
     def leave(self, unit: Unit) -> None:
-        """Unbind *unit*: the registry is what it was before :meth:`enter`."""
+        """Unbind *unit*, the innermost one: the registry is what it was before :meth:`enter`."""
         self.unnest(unit)
         registry = self.registry
         unit.held = registry() if registry.has() else None
@@ -156,22 +193,37 @@ class Binder:
 
     def peek(self, unit: Unit) -> Session | None:
         """The session of *unit*, which is bound here, if it has one already."""
+        cover = self._cover(unit)
+        if cover is not None:
+            return cover.set_aside
         return self.registry() if self.registry.has() else None
 
     def session(self, unit: Unit) -> Session:
         """The session of *unit*, which is bound here; made now if it has none yet."""
-        frame = frame_of(unit)
-        if frame is not None and frame.thread != get_ident():
-            raise NoActiveScope(
-                "this unit of work runs on another thread, whose session this thread-local "
-                "registry does not share; use session_scope() here, or contextual_session() "
-                "for the application"
-            )
-        return self.registry()  # type: ignore[no-any-return]
+        cover = self._cover(unit)
+        if cover is None:
+            return self.registry()  # type: ignore[no-any-return]
+        if cover.set_aside is None:
+            cover.set_aside = self.factory()
+        return cover.set_aside
 
     def forget(self, unit: Unit) -> None:
-        """Let go of the session of *unit*, which is bound here."""
+        """Let go of the session of *unit*, which is the innermost one here."""
         self.registry.clear()
+
+    def _cover(self, unit: Unit) -> Unit | None:
+        """The unit that was bound to the same registry right on top of *unit*, and has set its session aside."""
+        cover: Unit | None = None
+        frame = here.get()
+        while frame is not None and frame is not unit.frame:
+            other: Unit | None = frame.unit
+            if other is not None:
+                if other is unit.within:
+                    break  # a SAVEPOINT, unbound itself, in a unit that is bound
+                if other.binder.key is self.key and other.within is None:
+                    cover = other
+            frame = frame.outer
+        return cover
 
 
 class ThreadBinder(Binder):
@@ -203,6 +255,10 @@ class ThreadBinder(Binder):
             unit.set_aside = None
 
     def peek(self, unit: Unit) -> Session | None:
+        if here.get() is not unit.frame:
+            cover = self._cover(unit)
+            if cover is not None:
+                return cover.set_aside
         return self.local.__dict__.get("value")  # type: ignore[no-any-return]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 #: Everything that the package logs goes here: DEBUG for each outcome, WARNING for what an
 #: operator should look into, nothing else.
@@ -50,8 +51,10 @@ def warn_of_error(error: BaseException, message: str, *args: object) -> None:
 
 def callable_name(function: Callable[..., object]) -> str:
     """The dotted name under which a reader finds *function* in the code."""
+    while isinstance(function, partial):
+        function = function.func
     name = getattr(function, "__qualname__", None)
-    if name is None:  # a functools.partial, or an object with __call__
-        inner = getattr(function, "func", None)
-        return callable_name(inner) if callable(inner) else type_name(function)
-    return f"{function.__module__}.{name}"
+    module = getattr(function, "__module__", None)
+    if not isinstance(name, str):  # an object with __call__
+        return type_name(function)
+    return f"{module}.{name}" if isinstance(module, str) else name

@@ -8,8 +8,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ._binding import binder_of, innermost
-from ._errors import callable_name, type_name
-from ._scope import SessionScope
+from ._errors import NoActiveScope, callable_name, type_name
+from ._scope import SessionScope, State
 from ._watching import listen
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class session_scope:
     The commit does not expire objects: what the block has loaded can be read after it.
     """
 
-    __slots__ = ("_binder", "_name", "_propagation", "_scope", "_within")
+    __slots__ = ("_binder", "_name", "_propagation", "_scope", "_session", "_within")
 
     def __init__(
         self,
@@ -68,8 +68,9 @@ class session_scope:
         self._propagation = check_propagation(propagation)
         self._name = "session_scope()"
         self._scope: SessionScope | None = None
-        #: The unit that this block has joined.
+        #: The unit that this block has joined, and its session.
         self._within: SessionScope | None = None
+        self._session: Session | None = None
 
     def __enter__(self) -> Session:
         if self._scope is not None or self._within is not None:
@@ -78,16 +79,15 @@ class session_scope:
         around = innermost(binder.key)
         assert around is None or isinstance(around, SessionScope)
         if around is not None and self._propagation == "required":
-            session = around.session
+            self._session = around.session
             self._within = around
-            return session
+            return self._session
         if around is not None and self._propagation == "nested":
             scope = SessionScope(binder, self._name, within=around._root)
-            binder.nest(scope)
         else:
             scope = SessionScope(binder, self._name)
             listen(binder)
-            binder.enter(scope)
+        scope.bind()
         try:
             if scope.within is not None:
                 scope._begin_savepoint()
@@ -108,12 +108,28 @@ class session_scope:
         within, scope = self._within, self._scope
         self._within = self._scope = None
         if within is not None:
-            if error is not None:
-                within._set_rollback_only(error)
+            self._leave(within, error)
         elif scope is not None:
             if error is not None:
                 scope._refuse()
             self._close(scope)
+
+    def _leave(self, within: SessionScope, error: BaseException | None) -> None:
+        """Leave a unit that this block has joined; others end it, or have done so."""
+        session, self._session = self._session, None
+        if within._state is not State.ENDED:
+            if error is not None:
+                within._set_rollback_only(error)
+            return
+        assert session is not None
+        # It was removed, but whoever used it since has begun anew, and nobody else will end that.
+        session.close()
+        if error is None:
+            raise NoActiveScope(
+                f"the unit of work {within}, which this session_scope() had joined, ended before the block did; what "
+                f'the block has done since is not committed: use propagation="requires_new" in a thread, task or '
+                f"generator that may outlive the unit of work that it was started in"
+            )
 
     @staticmethod
     def _close(scope: SessionScope) -> None:
@@ -180,10 +196,9 @@ def _check_function(function: Callable[..., object], argument: str) -> None:
     if not callable(function):
         raise TypeError(f"with_session(...) decorates a function, not an object of type {type_name(function)}")
     name = callable_name(function)
-    if (
-        inspect.iscoroutinefunction(function)
-        or inspect.isgeneratorfunction(function)
-        or inspect.isasyncgenfunction(function)
+    if any(
+        inspect.iscoroutinefunction(called) or inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called)
+        for called in (function, type(function).__call__)
     ):
         raise TypeError(
             f"with_session(...) cannot decorate {name}: calling a coroutine or generator function "

@@ -17,9 +17,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ._binding import ContextBinder, Frame, ThreadBinder, as_scoped_session, binder_of, frame_of, here
+from ._binding import ContextBinder, Frame, ThreadBinder, as_scoped_session, binder_of, here, is_here, rewind, unwind
 from ._errors import type_name, warn_of_error
 from ._scope import SessionScope, State, check_commit_at
 from ._watching import listen
@@ -151,7 +151,7 @@ class SessionMiddleware:
         return self._attempt(environ, start_response)
 
     def _is_running(self, outer: object) -> bool:
-        return isinstance(outer, SessionScope) and outer.binder.key is self._binder.key and frame_of(outer) is not None
+        return isinstance(outer, SessionScope) and outer.binder.key is self._binder.key and is_here(outer)
 
     def _join(self, outer: SessionScope, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """A part of the request that *outer* is: wrapped twice, or a copy of its environ."""
@@ -174,7 +174,7 @@ class SessionMiddleware:
         response = _Response(scope, self._commit_veto, environ, start_response)
         made_file = _find_file_wrapper(environ)
         body: Any = None
-        binder.enter(scope)
+        scope.bind()
         try:
             body = self._app(environ, response.start)
             if type(body) is list or type(body) is tuple:
@@ -196,7 +196,7 @@ class SessionMiddleware:
             else:
                 if response.write_to is None:
                     scope._settle(streams=True)
-                binder.leave(scope)
+                scope.unbind()
                 scope._run_callbacks()
             response.forward()
         except BaseException:
@@ -216,7 +216,7 @@ def _abort(scope: SessionScope, body: object) -> None:
     ended = scope._state is State.ENDED
     try:
         if not (ended or scope._is_bound):
-            scope.binder.enter(scope)
+            scope.bind()
         scope._refuse()
         close = getattr(body, "close", None)
         if close is not None:
@@ -366,17 +366,21 @@ class _Response:
                     )
                 self.write_to(data)
                 return
-            if self.write_to is None:
-                self.decide()
-                scope._settle(streams=True)
-            scope.binder.leave(scope)
+            inside = unwind(cast(Frame, scope.frame))
             try:
-                scope._run_callbacks()
-                self.forward()
-                assert self.write_to is not None
-                self.write_to(data)
+                if self.write_to is None:
+                    self.decide()
+                    scope._settle(streams=True)
+                scope.unbind()
+                try:
+                    scope._run_callbacks()
+                    self.forward()
+                    assert self.write_to is not None
+                    self.write_to(data)
+                finally:
+                    scope.bind()
             finally:
-                scope.binder.enter(scope)
+                rewind(inside)
         except BaseException as error:
             scope._refuse()
             self._error, self._answered = error, False
@@ -416,6 +420,7 @@ class _Stream:
         "_closed",
         "_complete",
         "_first",
+        "_inside",
         "_iterator",
         "_scope",
         "handed_on",
@@ -426,6 +431,8 @@ class _Stream:
         self._closed = False
         self._complete = False
         self._first: Any = _NOTHING
+        #: The units that the body has left open over a chunk, innermost first.
+        self._inside: list[Unit] = []
         self._scope = scope
         self._body = body
         if isinstance(body, (str, bytes, bytearray)) or not (hasattr(body, "__iter__") or hasattr(body, "__getitem__")):
@@ -447,7 +454,7 @@ class _Stream:
         # each time, because one kept in an attribute would be a reference cycle.
         #
         # Binding is written out here, for the two kinds of registry that are worth it: calling
-        # enter() and leave() would double the cost of a chunk.
+        # bind() and unbind() would double the cost of a chunk.
         scope = self._scope
         binder = scope.binder
         local = binder.local if isinstance(binder, ThreadBinder) else None
@@ -458,22 +465,24 @@ class _Stream:
             first, self._first = self._first, _NOTHING
             yield first
         while not self._closed:
-            if direct:
+            frame = scope.frame
+            if not direct:
+                scope.bind()
                 frame = scope.frame
-                if get_here() is frame and frame is not None:
-                    frame.unit = scope
-                else:
-                    # The first chunk, or the first one in this thread or context.
-                    scope.frame = frame = Frame(scope, get_here())
-                    here.set(frame)
-                if local is not None:
-                    values = local.__dict__
-                    if values:
-                        scope.set_aside = values.pop("value", None)
-                    if scope.held is not None:
-                        values["value"] = scope.held
+            elif get_here() is frame:
+                frame.unit = scope  # type: ignore[union-attr]
             else:
-                binder.enter(scope)
+                # The first chunk, or the first one in this thread or context.
+                scope.frame = frame = Frame(scope, get_here())
+                here.set(frame)
+            if local is not None:
+                values = local.__dict__
+                if values:
+                    scope.set_aside = values.pop("value", None)
+                if scope.held is not None:
+                    values["value"] = scope.held
+            if self._inside:
+                rewind(self._inside)
             try:
                 chunk = advance()
                 if type(chunk) is not bytes:
@@ -485,15 +494,17 @@ class _Stream:
                 scope._refuse()
                 self._finish()
                 raise
-            if direct:
+            if get_here() is not frame:
+                self._inside = unwind(frame)  # type: ignore[arg-type]
+            if not direct:
+                scope.unbind()
+            else:
                 frame.unit = None  # type: ignore[union-attr]
                 if local is not None:
                     scope.held = values.pop("value", None) if values else None
                     if scope.set_aside is not None:
                         values["value"] = scope.set_aside
                         scope.set_aside = None
-            else:
-                binder.leave(scope)
             if scope.callbacks is not None:
                 scope._run_callbacks()
             yield chunk
@@ -502,10 +513,11 @@ class _Stream:
         """The application has no more chunks, or failed: conclude, while the client waits."""
         scope = self._scope
         try:
+            self._inside = unwind(cast(Frame, scope.frame))
             scope._conclude()
-            self._complete = True
+            self._complete = not scope._refused
         finally:
-            scope.binder.leave(scope)
+            scope.unbind()
             scope._run_callbacks()
 
     def close(self) -> None:
@@ -516,7 +528,8 @@ class _Stream:
         scope = self._scope
         if not self._complete:
             scope._refuse()  # the client went away, or something failed
-        scope.binder.enter(scope)
+        scope.bind()
+        rewind(self._inside)
         try:
             close = getattr(self._body, "close", None)
             if close is not None:
@@ -525,6 +538,8 @@ class _Stream:
             scope._refuse()
             raise
         finally:
+            # What is still open now, nobody will close.
+            unwind(cast(Frame, scope.frame))
             scope._end()
 
     def __del__(self) -> None:

@@ -36,13 +36,15 @@ from enum import Enum
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
 
-from ._binding import Binder, binder_of, frame_of, innermost
+from sqlalchemy.orm import Session
+
+from ._binding import Binder, binder_of, innermost, is_here
 from ._callbacks import Callbacks
 from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
 from ._watching import Watched, is_aborted, listen_for_outcomes
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import SessionTransaction
 
     from ._binding import SessionSource
 
@@ -87,12 +89,21 @@ class SessionScope(Watched):
     def __init__(
         self,
         binder: Binder,
-        name: str | tuple[str, str],
+        name: str | tuple[object, object],
         *,
         commit_at: str = "start",
         within: SessionScope | None = None,
     ) -> None:
-        super().__init__(binder, within)
+        # The state of the bases, too: this runs for every request, and a chain of three calls would double its cost.
+        self.binder = binder
+        self.within = within
+        self.held = None
+        self.set_aside = None
+        self.frame = None
+        self.connections = []
+        self.watching = False
+        self.watch = None
+        self.callbacks = None
         self.attempt = 1 if within is None else within.attempt
         self._name = name
         self._commit_at = commit_at
@@ -112,10 +123,10 @@ class SessionScope(Watched):
             the chunks of its body, on a thread that does not share it.
         """
         self._check_running("session")
-        if frame_of(self) is None:
+        if not is_here(self):
             raise NoActiveScope(
-                f"the unit of work {self} is not running here, so it has no session to give: "
-                f"use session_scope() for work outside of it"
+                f"the unit of work {self} is not running here (or its session belongs to another thread), so it has "
+                f"no session to give: use session_scope() for work outside of it"
             )
         return self.binder.session(self)
 
@@ -176,9 +187,10 @@ class SessionScope(Watched):
         """The request or the job, in a form that is safe to log."""
         if isinstance(self._name, str):
             return self._name
-        # Both are the client's choice: quoted, so that they can't forge a line, and cut.
-        method, path = self._name
-        return f"{quote(method[:20])} {quote(path[:200], encoding='latin-1', errors='replace')}"
+        # Both are the client's choice: quoted, so that they can't forge a line, and cut.  A server might let anything
+        # through, hence str().
+        method, path = (quote(str(part)[:200], encoding="latin-1", errors="replace") for part in self._name)
+        return f"{method} {path}"
 
     def __repr__(self) -> str:
         return f"<SessionScope {self}, {self._state.value}>"
@@ -246,22 +258,22 @@ class SessionScope(Watched):
         A commit that fails is rolled back; then its exception goes on.
         """
         session = self.binder.peek(self)
-        if session is not None and session.in_transaction():
-            if self._refused or self._doomed is not None:
-                self._roll_back(session)
-                outcome = "rolled back"
-            else:
-                try:
-                    self._commit(session)
-                except BaseException:
-                    self._refuse()
-                    self._roll_back(session)
-                    self._tell_callbacks()
-                    raise
-                outcome = "committed"
-        else:
+        if session is None or not session.in_transaction():
             outcome = "nothing to commit or roll back"
-        self._tell_callbacks()
+        elif self._refused or self._doomed is not None:
+            self._roll_back(session)
+            outcome = "rolled back"
+        else:
+            try:
+                self._commit(session)
+            except BaseException:
+                self._refuse()
+                self._roll_back(session)
+                self._tell_callbacks()
+                raise
+            outcome = "committed"
+        if self.callbacks is not None:
+            self._tell_callbacks()
         if log.isEnabledFor(logging.DEBUG):
             why = "" if self._doomed is None else f" (doomed: {self._doomed!r})"
             log.debug("%s: %s%s", self, outcome, why)
@@ -277,9 +289,11 @@ class SessionScope(Watched):
                 self._state = State.ENDED
                 self.binder.leave(self)
                 self.held = None
-                self.connections = []
+                if self.connections:
+                    self.connections = []
                 self._rollback_only = None
-                self._run_callbacks()
+                if self.callbacks is not None:
+                    self._run_callbacks()
 
     def _run_callbacks(self) -> None:
         """Run the callbacks that are due.  The unit is not bound."""
@@ -316,10 +330,17 @@ class SessionScope(Watched):
 
     def _roll_back_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
         try:
+            # Those within it first: SQLAlchemy 1.4 leaves it to us.
+            inner = session.get_nested_transaction()
+            while inner is not None and inner is not savepoint:
+                inner.rollback()
+                inner = session.get_nested_transaction()
             savepoint.rollback()
         except Exception as error:
-            warn_of_error(error, "%s: rolling back to a SAVEPOINT failed", self)
+            warn_of_error(error, "%s: rolling back to a SAVEPOINT failed; its connection is discarded", self)
             self._invalidate(session)
+            # With the connection, what the whole unit had done is gone.
+            self._root._set_rollback_only(error)
 
     # A part that has joined
 
@@ -420,7 +441,8 @@ class SessionScope(Watched):
         if session is None:
             return
         try:
-            session.close()
+            if not _is_pristine(session):
+                session.close()
         except BaseException as error:
             warn_of_error(error, "%s: closing the session failed; its connection is discarded", self)
             self._invalidate(session)
@@ -435,6 +457,18 @@ class SessionScope(Watched):
             session.invalidate()
         except Exception as error:
             warn_of_error(error, "%s: discarding its connection failed", self)
+
+
+def _is_pristine(session: Session) -> bool:
+    """Whether *session* holds nothing that closing it would release.
+
+    Closing one costs more than all the rest of a request that only made one.
+    """
+    return not session.in_transaction() and not session.identity_map and type(session).close is _CLOSE
+
+
+#: An application's own ``close`` is called in any case.
+_CLOSE = Session.close
 
 
 def _is_open(session: Session, savepoint: SessionTransaction) -> bool:

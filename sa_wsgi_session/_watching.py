@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable
 from functools import lru_cache, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -38,16 +39,14 @@ class Watched(Unit):
 
     __slots__ = ("callbacks", "connections", "watch", "watching")
 
-    def __init__(self, binder: Binder, within: Unit | None = None) -> None:
-        super().__init__(binder, within)
-        #: What the transaction uses (and perhaps what earlier ones used and gave back).
-        self.connections: list[Connection] = []
-        #: Whether somebody will want to know about open results and changes.
-        self.watching = False
-        #: The statements of the current transaction, if so and if one has begun.
-        self.watch: Watch | None = None
-        #: What waits for the outcome; made with the first callback.
-        self.callbacks: Callbacks | None = None
+    #: What the transaction uses (and perhaps what earlier ones used and gave back).
+    connections: list[Connection]
+    #: Whether somebody will want to know about open results and changes.
+    watching: bool
+    #: The statements of the current transaction, if so and if one has begun.
+    watch: Watch | None
+    #: What waits for the outcome; made with the first callback.
+    callbacks: Callbacks | None
 
 
 class Watch:
@@ -117,9 +116,7 @@ def changes(statement: str) -> bool:
 
 def listen(binder: Binder) -> None:
     """Listen to the sessions of *binder*; once for each class of sessions, however often called."""
-    target = _session_class(binder.factory)
-    if not event.contains(target, "after_begin", _after_begin):
-        event.listen(target, "after_begin", _after_begin)
+    _listen_once(_sessions, _session_class(binder.factory), after_begin=_after_begin)
     options = getattr(binder.factory, "kw", None)
     engine = options.get("bind") if isinstance(options, dict) else None
     if engine is not None:
@@ -128,10 +125,40 @@ def listen(binder: Binder) -> None:
 
 def listen_for_outcomes(binder: Binder) -> None:
     """Listen also to how the transactions of *binder*'s sessions end."""
-    target = _session_class(binder.factory)
-    if not event.contains(target, "after_transaction_end", _after_transaction_end):
-        event.listen(target, "after_commit", _after_commit)
-        event.listen(target, "after_transaction_end", _after_transaction_end)
+    _listen_once(
+        _sessions_with_outcomes,
+        _session_class(binder.factory),
+        after_commit=_after_commit,
+        after_transaction_end=_after_transaction_end,
+    )
+
+
+def _listen_to_dialect(dialect: Any) -> None:
+    _listen_once(
+        _dialects,
+        dialect,
+        do_execute=_do_execute,
+        do_executemany=_do_execute,
+        do_execute_no_params=_do_execute_no_params,
+    )
+
+
+# What is listened to already.  (SQLAlchemy's event.contains() would not do: it goes by id(), which a new class may have
+# inherited from a dead one.)
+_sessions: weakref.WeakSet[type[Session]] = weakref.WeakSet()
+_sessions_with_outcomes: weakref.WeakSet[type[Session]] = weakref.WeakSet()
+_dialects: weakref.WeakSet[Any] = weakref.WeakSet()
+_lock = Lock()
+
+
+def _listen_once(known: weakref.WeakSet[Any], target: Any, **listeners: Callable[..., None]) -> None:
+    if target in known:
+        return
+    with _lock:
+        if target not in known:
+            for name, listener in listeners.items():
+                event.listen(target, name, listener)
+            known.add(target)
 
 
 def _session_class(factory: Any) -> type[Session]:
@@ -143,19 +170,6 @@ def _session_class(factory: Any) -> type[Session]:
     if isinstance(factory, type) and issubclass(factory, Session):
         return factory
     return Session
-
-
-_dialects: weakref.WeakSet[Any] = weakref.WeakSet()
-_dialects_lock = Lock()
-
-
-def _listen_to_dialect(dialect: Any) -> None:
-    with _dialects_lock:
-        if dialect not in _dialects:
-            event.listen(dialect, "do_execute", _do_execute)
-            event.listen(dialect, "do_executemany", _do_execute)
-            event.listen(dialect, "do_execute_no_params", _do_execute_no_params)
-            _dialects.add(dialect)
 
 
 def _unit_of(session: Session) -> Watched | None:
@@ -182,8 +196,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         if unit.watch is None or not others:
             unit.watch = Watch()
         unit.watch.pooled.append(connection.connection)
-        if connection.dialect not in _dialects:
-            _listen_to_dialect(connection.dialect)
+        _listen_to_dialect(connection.dialect)
 
 
 def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
