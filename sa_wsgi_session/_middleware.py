@@ -19,7 +19,18 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-from ._binding import ContextBinder, Frame, ThreadBinder, as_scoped_session, binder_of, here, is_here, rewind, unwind
+from ._binding import (
+    ContextBinder,
+    Frame,
+    ThreadBinder,
+    Unit,
+    as_scoped_session,
+    binder_of,
+    here,
+    is_here,
+    rewind,
+    unwind,
+)
 from ._errors import type_name, warn_of_error
 from ._scope import SessionScope, State, check_commit_at
 from ._watching import listen

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -44,7 +45,11 @@ class World:
     """One database, its pool, and a session of the application's."""
 
     def __init__(self, url: Any, registry: str = "thread-local", *, pool_size: int = 5, **options: Any) -> None:
-        self.engine: Engine = sa.create_engine(url, poolclass=QueuePool, pool_size=pool_size, max_overflow=0)
+        # SQLAlchemy 1.4 pools no connections to SQLite files, so it does not open them for all threads either.
+        arguments = {"check_same_thread": False} if url.get_backend_name() == "sqlite" else {}
+        self.engine: Engine = sa.create_engine(
+            url, poolclass=QueuePool, pool_size=pool_size, max_overflow=0, connect_args=arguments
+        )
         if self.engine.dialect.name == "sqlite":
             make_sqlite_transactional(self.engine)
         Base.metadata.create_all(self.engine)
@@ -72,12 +77,53 @@ class World:
         self._observer.dispose()
 
 
+class Worlds:
+    """Worlds that several tests use one after the other, because a database takes its time to make."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._worlds: dict[tuple[str, str], World] = {}
+        self._stack = ExitStack()
+        self._made = 0
+
+    @contextmanager
+    def use(self, fixture: Callable[[str], Any], database: str, registry: str) -> Iterator[World]:
+        """A world without notes, in which a test leaves nothing bound and nothing checked out.
+
+        :param fixture: ``request.getfixturevalue``, which starts the database's server.
+        """
+        world = self._worlds.pop((database, registry), None) or self._make(fixture, database, registry)
+        yield world
+        assert world.checked_out == 0
+        assert not world.Session.registry.has()
+        with world.engine.begin() as connection:
+            connection.execute(sa.delete(Note))
+        # Only now: where a test has failed, the next one gets another world.
+        self._worlds[database, registry] = world
+
+    def _make(self, fixture: Callable[[str], Any], database: str, registry: str) -> World:
+        self._made += 1
+        if database == "sqlite":
+            url = sa.engine.URL.create("sqlite", database=str(self._folder / f"{self._made}.sqlite"))
+        else:
+            url = self._stack.enter_context(fixture(database).database())
+        if database == "postgresql" and not sa.__version__.startswith("1.4."):
+            url = url.set(drivername="postgresql+psycopg")
+        world = World(url, registry)
+        self._stack.callback(world.close)
+        return world
+
+    def close(self) -> None:
+        self._stack.close()
+
+
 def make_sqlite_transactional(engine: Engine) -> None:
     """Let SQLAlchemy begin SQLite's transactions, as its documentation advises where SAVEPOINTs are used."""
 
     @event.listens_for(engine, "connect")
     def _no_implicit_begin(connection: Any, record: Any) -> None:
         connection.isolation_level = None
+        connection.execute("PRAGMA synchronous = OFF")  # for speed: nobody will miss these files after a power cut
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
