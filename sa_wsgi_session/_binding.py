@@ -74,7 +74,7 @@ class Unit:
 class Frame:
     """A place in the running code where a unit is bound, and the one around it."""
 
-    __slots__ = ("outer", "thread", "unit")
+    __slots__ = ("covered", "outer", "thread", "unit")
 
     def __init__(self, unit: Unit | None, outer: Frame | None) -> None:
         #: The unit (always a ``SessionScope``, of which this file need not know), or ``None``.
@@ -84,6 +84,10 @@ class Frame:
         while outer is not None and outer.unit is None:
             outer = outer.outer
         self.outer: Frame | None = outer
+        #: Whether another frame was ever put on top of this one (see :func:`unwind`).
+        self.covered = False
+        if outer is not None:
+            outer.covered = True
         self.thread = get_ident()
 
 
@@ -124,6 +128,7 @@ def unwind(frame: Frame) -> list[Unit]:
 
     A generator that has a ``with session_scope(…)`` around a ``yield`` does that.
     """
+    frame.covered = False
     above = []
     inner = here.get()
     while inner is not None and inner is not frame:

@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 from ._binding import (
@@ -470,28 +471,31 @@ class _Stream:
         binder = scope.binder
         local = binder.local if isinstance(binder, ThreadBinder) else None
         direct = local is not None or isinstance(binder, ContextBinder)
+        values: dict[str, Any] = {}  # those of the thread-local registry, for the thread of the frame
         get_here = here.get
         advance = self._iterator.__next__
         if self._first is not _NOTHING:
             first, self._first = self._first, _NOTHING
             yield first
         while not self._closed:
-            frame = scope.frame
-            if not direct:
+            if direct:
+                frame = scope.frame
+                if get_here() is frame and (local is None or get_ident() == frame.thread):  # type: ignore[union-attr]
+                    frame.unit = scope  # type: ignore[union-attr]
+                else:
+                    # The first chunk, or the first one in this thread or context.
+                    scope.frame = frame = Frame(scope, get_here())
+                    here.set(frame)
+                    if local is not None:
+                        values = local.__dict__
+                if local is not None:
+                    if values:
+                        scope.set_aside = values.pop("value", None)
+                    if scope.held is not None:
+                        values["value"] = scope.held
+            else:
                 scope.bind()
                 frame = scope.frame
-            elif get_here() is frame:
-                frame.unit = scope  # type: ignore[union-attr]
-            else:
-                # The first chunk, or the first one in this thread or context.
-                scope.frame = frame = Frame(scope, get_here())
-                here.set(frame)
-            if local is not None:
-                values = local.__dict__
-                if values:
-                    scope.set_aside = values.pop("value", None)
-                if scope.held is not None:
-                    values["value"] = scope.held
             if self._inside:
                 rewind(self._inside)
             try:
@@ -505,17 +509,17 @@ class _Stream:
                 scope._refuse()
                 self._finish()
                 raise
-            if get_here() is not frame:
+            if frame.covered:  # type: ignore[union-attr]
                 self._inside = unwind(frame)  # type: ignore[arg-type]
-            if not direct:
-                scope.unbind()
-            else:
+            if direct:
                 frame.unit = None  # type: ignore[union-attr]
                 if local is not None:
                     scope.held = values.pop("value", None) if values else None
                     if scope.set_aside is not None:
                         values["value"] = scope.set_aside
                         scope.set_aside = None
+            else:
+                scope.unbind()
             if scope.callbacks is not None:
                 scope._run_callbacks()
             yield chunk
