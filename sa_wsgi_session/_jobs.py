@@ -164,7 +164,7 @@ def with_session(
     :raises ValueError: at once, if *propagation* is none of the three, or *argument* cannot be
         the name of an argument.
     """
-    binder_of(session)
+    listen(binder_of(session))
     check_propagation(propagation)
     if not isinstance(argument, str):
         raise TypeError(f"argument must be a str, not an object of type {type_name(argument)}")

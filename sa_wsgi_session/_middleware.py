@@ -214,6 +214,8 @@ class SessionMiddleware:
         except BaseException:
             _abort(scope, body)
             raise
+        finally:
+            response.over()
         if stream is None:
             return body  # type: ignore[no-any-return]
         stream.handed_on = True
@@ -285,6 +287,7 @@ class _Response:
         "_error",
         "_exc_info",
         "_headers",
+        "_keeps_errors",
         "_scope",
         "_start_response",
         "_veto",
@@ -302,6 +305,7 @@ class _Response:
         self._exc_info: Any = None
         #: What the application did wrong, or what failed while it wrote: it may have swallowed it.
         self._error: BaseException | None = None
+        self._keeps_errors = True
         #: Whether it has answered that with a status since (its own error page).
         self._answered = False
         #: The server's own ``write``, once the status was forwarded.
@@ -326,7 +330,7 @@ class _Response:
         except BaseException as error:
             if self.write_to is not None:
                 self._scope._refuse()
-            else:
+            elif self._keeps_errors:
                 self._error = error
             raise
         finally:
@@ -335,8 +339,8 @@ class _Response:
 
     def decide(self) -> None:
         """Refuse the commit where the status, or the veto, demands it."""
-        if self._error is not None and not self._answered:
-            raise self._error
+        if not self._answered:
+            self._raise_error()
         if self.status is None:
             raise RuntimeError(
                 "the application has returned its body without calling start_response: PEP 3333 "
@@ -344,8 +348,21 @@ class _Response:
             )
         if self.write_to is None and self._veto(self._environ, self.status, self._headers):
             self._scope._refuse()
-        elif self._error is not None:
-            raise self._error
+        else:
+            self._raise_error()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback refers to this frame, which must not refer to it
+
+    def over(self) -> None:
+        """The call of the application is over: its errors are the server's business from now on."""
+        self._error = None
+        self._keeps_errors = False
 
     def forward(self) -> None:
         """Tell the server, which may tell the client from now on."""
@@ -395,7 +412,8 @@ class _Response:
                 rewind(inside)
         except BaseException as error:
             scope._refuse()
-            self._error, self._answered = error, False
+            if self._keeps_errors:
+                self._error, self._answered = error, False
             raise
 
 
@@ -405,7 +423,8 @@ def _find_file_wrapper(environ: Environ) -> Callable[[object], bool] | None:
     if wrapper is None:
         return None
     if isinstance(wrapper, type):
-        return lambda body: isinstance(body, wrapper)
+        # Not a subclass of the application's own, which may run any code.
+        return lambda body: type(body) is wrapper
     # A function, as uWSGI's and mod_wsgi's are, says nothing about what it returns (uWSGI's
     # returns the file itself): it has to be seen returning it.
     made: list[object] = []
@@ -503,12 +522,15 @@ class _Stream:
                 if type(chunk) is not bytes:
                     _check_chunk(chunk)
             except StopIteration:
-                self._finish()
+                self._finish(frame)
                 return
             except BaseException:
                 scope._refuse()
-                self._finish()
+                self._finish(frame)
                 raise
+            if self._closed:  # by another thread, in the meantime
+                self._finish(frame)  # type: ignore[unreachable]
+                return
             if frame.covered:  # type: ignore[union-attr]
                 self._inside = unwind(frame)  # type: ignore[arg-type]
             if direct:
@@ -524,11 +546,17 @@ class _Stream:
                 scope._run_callbacks()
             yield chunk
 
-    def _finish(self) -> None:
+    def _finish(self, frame: Frame | None) -> None:
         """The application has no more chunks, or failed: conclude, while the client waits."""
         scope = self._scope
+        self._inside = unwind(cast(Frame, frame))
+        if self._closed:
+            # By another thread, while the application was at work in this one, which still has the session.
+            scope.frame = frame
+            scope._refuse()
+            scope._end()
+            return
         try:
-            self._inside = unwind(cast(Frame, scope.frame))
             scope._conclude()
             self._complete = not scope._refused
         finally:

@@ -41,7 +41,7 @@ from sqlalchemy.orm import Session
 from ._binding import Binder, binder_of, innermost, is_here
 from ._callbacks import Callbacks
 from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
-from ._watching import Watched, is_aborted, listen_for_outcomes
+from ._watching import Watched, is_aborted
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
@@ -266,10 +266,12 @@ class SessionScope(Watched):
         else:
             try:
                 self._commit(session)
-            except BaseException:
+            except BaseException as error:
                 self._refuse()
                 self._roll_back(session)
-                self._tell_callbacks()
+                if self.callbacks is not None:
+                    self._tell_callbacks()
+                log.debug("%s: rolled back (the commit failed: %s)", self, type_name(error))
                 raise
             outcome = "committed"
         if self.callbacks is not None:
@@ -374,7 +376,6 @@ class SessionScope(Watched):
         self._check_running(what)
         root = self._root
         if root.callbacks is None:
-            listen_for_outcomes(root.binder)
             root.callbacks = Callbacks()
         session = root.binder.peek(root)
         savepoint = session.get_nested_transaction() if session is not None else None
@@ -382,11 +383,11 @@ class SessionScope(Watched):
 
     def _tell_callbacks(self) -> None:
         """Settle the callbacks for which there was no transaction that could have told them."""
-        if self.callbacks is not None:
-            if self._refused or self._doomed is not None:
-                self.callbacks.ended(None)
-            else:
-                self.callbacks.committed(None)
+        assert self.callbacks is not None
+        if self._refused or self._doomed is not None:
+            self.callbacks.ended(None)
+        else:
+            self.callbacks.committed(None)
 
     def _check_commit(self, session: Session) -> None:
         """Raise ``RollbackOnlyError`` if the transaction of *session* must not be committed."""
@@ -431,7 +432,7 @@ class SessionScope(Watched):
             while transaction is not None and session.get_transaction() is transaction:
                 session.rollback()
         except BaseException as error:
-            warn_of_error(error, "%s: the rollback failed; its connection is discarded", self)
+            warn_of_error(error, "%s: the rollback failed; what it holds is discarded", self)
             self._invalidate(session)
             if not isinstance(error, Exception):
                 raise

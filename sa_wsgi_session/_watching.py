@@ -18,6 +18,7 @@ request is ever attached to a session, a connection or an engine.
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -78,86 +79,94 @@ class Watch:
 
 
 def _is_open(context: Any) -> bool:
-    """Whether the result of the execution *context*, if it is alive, has rows left to give."""
+    """Whether the result of the execution *context*, if it is alive, still has the cursor."""
     if context is None or context.root_connection.closed:
         return False  # read or dropped; or the application itself has ended its transaction
-    # Alive may also mean that somebody keeps a result that gave no rows, or that was read.
-    # The drivers of PostgreSQL say so; where a driver does not, the result counts as open.
-    try:
-        return context.cursor.description is not None and not getattr(context.cursor, "closed", False)
-    except Exception:
-        # PEP 249 lets a closed cursor raise an Error of its driver, whatever it is asked.
-        return False
+    # Alive may also mean that somebody keeps a result that is read.  Such a result has let go of the DBAPI cursor, to
+    # which then only the context refers (and the argument of getrefcount).
+    return sys.getrefcount(context.cursor) > 2
 
 
-# Quoted text and comments, in which the words below mean nothing.
-_QUOTED = re.compile(
-    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^\]]*\] | --[^\n]* | /\*.*?\*/""",
-    re.VERBOSE | re.DOTALL,
+# Quoted text and comments, in which words and semicolons mean nothing.
+_QUOTED = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`|--[^\n]*|/\*.*?\*/|\A\s*\#[^\n]*""", re.DOTALL)
+# Where a dialect may see the end of a quotation elsewhere.
+_AMBIGUOUS = re.compile(r"""\\['"]|\$\w*\$""")
+_VERB = re.compile(r"[\s(]*([a-z]*)", re.IGNORECASE)
+_READS = frozenset(
+    {"select", "values", "table", "with", "show", "explain", "desc", "describe", "pragma", "declare", "fetch", "close"}
+    | {"set", "reset", "use", "lock", "begin", "start", "savepoint", "release", "rollback"}
 )
-_READS = re.compile(
-    r"""[\s(]*(?:SELECT|WITH|VALUES|TABLE|SHOW|EXPLAIN|DESC|DESCRIBE|PRAGMA|SET|
-    SAVEPOINT|RELEASE|ROLLBACK|DECLARE|FETCH|CLOSE|LOCK)\b""",
-    re.VERBOSE | re.IGNORECASE,
-)
-_CHANGES = re.compile(r"\b(?:INSERT|DELETE|MERGE|INTO|(?<!FOR\s)(?<!KEY\s)UPDATE)\b", re.IGNORECASE)
+_INTO = re.compile(r"\bINTO\b", re.IGNORECASE)
+# Where a statement can begin within another; elsewhere these words are columns, or FOR UPDATE.
+_INNER_CHANGE = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE)
+_ANALYZE = re.compile(r"\bANALY[SZ]E\b", re.IGNORECASE)
+
+#: The length, in characters, up to which a statement is worth remembering, and to which it is worth taking apart.
+_SHORT, _LONG = 4_000, 100_000
 
 
-@lru_cache(maxsize=1024)
 def changes(statement: str) -> bool:
     """Whether *statement* may change data: anything but a plain reading one.
 
     ``SELECT … INTO`` and data-modifying ``WITH`` change data; ``SELECT … FOR UPDATE`` does not.
     A function with side effects in a ``SELECT`` cannot be told from one without.
     """
-    bare = _QUOTED.sub(" ", statement)
-    return not _READS.match(bare) or _CHANGES.search(bare) is not None
+    return _changes_cached(statement) if len(statement) <= _SHORT else _changes(statement)
+
+
+def _changes(statement: str) -> bool:
+    if len(statement) <= _LONG and not _AMBIGUOUS.search(statement):
+        statement = _QUOTED.sub(" ", statement)
+    return any(_part_changes(part) for part in statement.split(";") if part.strip())
+
+
+_changes_cached = lru_cache(maxsize=1024)(_changes)
+
+
+def _part_changes(part: str) -> bool:
+    verb = cast("re.Match[str]", _VERB.match(part)).group(1).lower()
+    if verb not in _READS or _INTO.search(part):
+        return True
+    if verb == "pragma":
+        return "=" in part
+    if verb == "explain" and _ANALYZE.search(part):
+        return True
+    return verb not in ("select", "values", "table") and _INNER_CHANGE.search(part) is not None
 
 
 def listen(binder: Binder) -> None:
-    """Listen to the sessions of *binder*; once for each class of sessions, however often called."""
-    _listen_once(_sessions, _session_class(binder.factory), after_begin=_after_begin)
+    """Listen to the sessions of *binder*; once for each class of sessions, however often called.
+
+    To be called as early as may be: SQLAlchemy cannot add a listener while another thread is calling those that it has.
+    """
+    # Before the application's own listeners, which may change data in after_begin, or raise in after_commit.
+    _listen_once(_sessions, _session_class(binder.factory), _SESSION_LISTENERS, insert=True)
     options = getattr(binder.factory, "kw", None)
     engine = options.get("bind") if isinstance(options, dict) else None
     if engine is not None:
         _listen_to_dialect(engine.dialect)
 
 
-def listen_for_outcomes(binder: Binder) -> None:
-    """Listen also to how the transactions of *binder*'s sessions end."""
-    _listen_once(
-        _sessions_with_outcomes,
-        _session_class(binder.factory),
-        after_commit=_after_commit,
-        after_transaction_end=_after_transaction_end,
-    )
-
-
 def _listen_to_dialect(dialect: Any) -> None:
-    _listen_once(
-        _dialects,
-        dialect,
-        do_execute=_do_execute,
-        do_executemany=_do_execute,
-        do_execute_no_params=_do_execute_no_params,
-    )
+    _listen_once(_dialects, dialect, _DIALECT_LISTENERS)
 
 
 # What is listened to already.  (SQLAlchemy's event.contains() would not do: it goes by id(), which a new class may have
 # inherited from a dead one.)
 _sessions: weakref.WeakSet[type[Session]] = weakref.WeakSet()
-_sessions_with_outcomes: weakref.WeakSet[type[Session]] = weakref.WeakSet()
 _dialects: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = Lock()
 
 
-def _listen_once(known: weakref.WeakSet[Any], target: Any, **listeners: Callable[..., None]) -> None:
+def _listen_once(
+    known: weakref.WeakSet[Any], target: Any, listeners: dict[str, Callable[..., None]], **how: Any
+) -> None:
     if target in known:
         return
     with _lock:
         if target not in known:
             for name, listener in listeners.items():
-                event.listen(target, name, listener)
+                event.listen(target, name, listener, **how)
             known.add(target)
 
 
@@ -214,17 +223,39 @@ def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> None:
 
 
 def _after_commit(session: Session) -> None:
-    unit = _unit_of(session)
-    if unit is not None and unit.callbacks is not None:
-        unit.callbacks.committed(session.get_nested_transaction())
+    callbacks = _callbacks_of(session)
+    if callbacks is not None:
+        callbacks.committed(session.get_nested_transaction())
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is not None and not transaction.nested:
         return  # a subtransaction, such as a flush makes: no transaction of the database
-    unit = _unit_of(session)
-    if unit is not None and unit.callbacks is not None:
-        unit.callbacks.ended(transaction if transaction.nested else None)
+    callbacks = _callbacks_of(session)
+    if callbacks is not None:
+        callbacks.ended(transaction if transaction.nested else None)
+
+
+def _callbacks_of(session: Session) -> Callbacks | None:
+    frame = here.get()
+    while frame is not None:
+        unit = frame.unit
+        if unit is not None and unit.callbacks is not None and unit.binder.peek(unit) is session:
+            return cast(Callbacks, unit.callbacks)
+        frame = frame.outer
+    return None
+
+
+_SESSION_LISTENERS: dict[str, Callable[..., None]] = {
+    "after_begin": _after_begin,
+    "after_commit": _after_commit,
+    "after_transaction_end": _after_transaction_end,
+}
+_DIALECT_LISTENERS: dict[str, Callable[..., None]] = {
+    "do_execute": _do_execute,
+    "do_executemany": _do_execute,
+    "do_execute_no_params": _do_execute_no_params,
+}
 
 
 #: ``PQTRANS_INERROR`` of libpq: in a failed transaction block.

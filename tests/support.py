@@ -91,6 +91,8 @@ class Worlds:
         """A world without notes, in which a test leaves nothing bound and nothing checked out.
 
         :param fixture: ``request.getfixturevalue``, which starts the database's server.
+        :param database: ``"sqlite"``, ``"postgresql"`` or ``"mariadb"``; or a certain driver, as in
+            ``"postgresql+psycopg2"``.
         """
         world = self._worlds.pop((database, registry), None) or self._make(fixture, database, registry)
         yield world
@@ -106,9 +108,11 @@ class Worlds:
         if database == "sqlite":
             url = sa.engine.URL.create("sqlite", database=str(self._folder / f"{self._made}.sqlite"))
         else:
-            url = self._stack.enter_context(fixture(database).database())
+            url = self._stack.enter_context(fixture(database.partition("+")[0]).database())
         if database == "postgresql" and not sa.__version__.startswith("1.4."):
             url = url.set(drivername="postgresql+psycopg")
+        elif "+" in database:
+            url = url.set(drivername=database)
         world = World(url, registry)
         self._stack.callback(world.close)
         return world
@@ -171,8 +175,8 @@ class Exchange:
         #: What went through the legacy write().
         self.written: list[bytes] = []
         self._on_start = on_start
-        self.body: Any = app(self.environ, self._start_response)
         self._iterator: Iterator[bytes] | None = None
+        self.body: Any = app(self.environ, self._start_response)
 
     def _start_response(self, status: str, headers: Any, exc_info: Any = None) -> Callable[[bytes], object]:
         if exc_info is not None and (self.written or self._iterator is not None):
