@@ -77,14 +77,25 @@ class Callbacks:
         self.due += [waiting.callback for waiting in settled if waiting.on_commit is committed]
 
     def run(self) -> None:
-        """Run what is due.  One that raises is logged and does not stop the others."""
-        while self.due:
-            callback = self.due.pop(0)
-            try:
-                callback()
-            except Exception as error:
-                warn_of_error(
-                    error,
-                    "the callback %s failed (its transaction is over and stays as it is)",
-                    callable_name(callback),
-                )
+        """Run what is due.  One that raises is logged and does not stop the others.
+
+        What is no ``Exception`` (``SystemExit``, a timeout of gevent) is not ours to swallow: it goes on, after them.
+        """
+        interruption: BaseException | None = None
+        try:
+            while self.due:
+                callback = self.due.pop(0)
+                try:
+                    callback()
+                except Exception as error:
+                    warn_of_error(
+                        error,
+                        "the callback %s failed (its transaction is over and stays as it is)",
+                        callable_name(callback),
+                    )
+                except BaseException as error:
+                    interruption = interruption or error
+            if interruption is not None:
+                raise interruption
+        finally:
+            del interruption  # its traceback refers to this frame

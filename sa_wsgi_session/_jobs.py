@@ -93,8 +93,7 @@ class session_scope:
                 scope._begin_savepoint()
             session = scope.session
         except BaseException:
-            scope._refuse()
-            self._close(scope)
+            scope._end_after_error()
             raise
         self._scope = scope
         return session
@@ -110,9 +109,10 @@ class session_scope:
         if within is not None:
             self._leave(within, error)
         elif scope is not None:
-            if error is not None:
-                scope._refuse()
-            self._close(scope)
+            if error is None:
+                scope._end()
+            else:
+                scope._end_after_error()
 
     def _leave(self, within: SessionScope, error: BaseException | None) -> None:
         """Leave a unit that this block has joined; others end it, or have done so."""
@@ -130,13 +130,6 @@ class session_scope:
                 f'the block has done since is not committed: use propagation="requires_new" in a thread, task or '
                 f"generator that may outlive the unit of work that it was started in"
             )
-
-    @staticmethod
-    def _close(scope: SessionScope) -> None:
-        if scope.within is None:
-            scope._end()
-        else:
-            scope._end_savepoint()
 
 
 def with_session(

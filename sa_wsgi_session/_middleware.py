@@ -227,22 +227,22 @@ def _abort(scope: SessionScope, body: object) -> None:
 
     The exception that brought us here stays the one that is raised.
     """
-    ended = scope._state is State.ENDED
-    try:
-        if not (ended or scope._is_bound):
+    with scope._first_error_stays():
+        if scope._state is State.ENDED:
+            _close(body)
+            return
+        if not scope._is_bound:
             scope.bind()
         scope._refuse()
-        close = getattr(body, "close", None)
-        if close is not None:
-            close()
-    except BaseException as error:
-        warn_of_error(error, "%s: closing the body failed after another error", scope)
-    finally:
-        if not ended:
-            try:
-                scope._end()
-            except BaseException as error:
-                warn_of_error(error, "%s: ending it failed after another error", scope)
+        with scope._first_error_stays():
+            _close(body)
+        scope._end_after_error()
+
+
+def _close(body: object) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
 
 
 # What the application says: start_response and write()
@@ -475,10 +475,8 @@ class _Stream:
 
     def pull(self) -> None:
         """Pull the first chunk, for what the application does on the way to it."""
-        for chunk in self._iterator:
-            _check_chunk(chunk)
-            self._first = chunk
-            break
+        self._first = next(self._iterator, _NOTHING)
+        _check_chunk(self._first)
 
     def __iter__(self) -> Iterator[bytes]:
         # A generator, because the server then resumes it without a call in between; and a new one
@@ -526,7 +524,8 @@ class _Stream:
                 return
             except BaseException:
                 scope._refuse()
-                self._finish(frame)
+                with scope._first_error_stays():
+                    self._finish(frame)
                 raise
             if self._closed:  # by another thread, in the meantime
                 self._finish(frame)  # type: ignore[unreachable]
@@ -559,9 +558,13 @@ class _Stream:
         try:
             scope._conclude()
             self._complete = not scope._refused
-        finally:
+        except BaseException:
             scope.unbind()
-            scope._run_callbacks()
+            with scope._first_error_stays():
+                scope._run_callbacks()
+            raise
+        scope.unbind()
+        scope._run_callbacks()
 
     def close(self) -> None:
         """Call the application's ``close``, conclude what is left, remove the session."""
@@ -573,17 +576,15 @@ class _Stream:
             scope._refuse()  # the client went away, or something failed
         scope.bind()
         rewind(self._inside)
+        # What is still open after the application's close, nobody will close.
         try:
-            close = getattr(self._body, "close", None)
-            if close is not None:
-                close()
+            _close(self._body)
         except BaseException:
-            scope._refuse()
-            raise
-        finally:
-            # What is still open now, nobody will close.
             unwind(cast(Frame, scope.frame))
-            scope._end()
+            scope._end_after_error()
+            raise
+        unwind(cast(Frame, scope.frame))
+        scope._end()
 
     def __del__(self) -> None:
         if not self.handed_on or self._closed:

@@ -31,7 +31,8 @@ This file knows SQLAlchemy.  It does not know HTTP: a request is a name to log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
@@ -137,7 +138,7 @@ class SessionScope(Watched):
         May be set, for this request alone, until the response begins.
 
         :raises ValueError: if set to anything else.
-        :raises NoActiveScope: if set when the response has begun.
+        :raises RuntimeError: if set when the response has begun.
         """
         root = self._root
         return root._commit_at
@@ -146,7 +147,7 @@ class SessionScope(Watched):
     def commit_at(self, value: str) -> None:
         root = self._root
         if root._state is not State.OPEN:
-            raise NoActiveScope(
+            raise RuntimeError(
                 f"commit_at of {self} was set to {value!r} after its response had begun: set it before the view returns"
             )
         root._commit_at = check_commit_at(value)
@@ -268,7 +269,8 @@ class SessionScope(Watched):
                 self._commit(session)
             except BaseException as error:
                 self._refuse()
-                self._roll_back(session)
+                with self._first_error_stays():
+                    self._roll_back(session)
                 if self.callbacks is not None:
                     self._tell_callbacks()
                 log.debug("%s: rolled back (the commit failed: %s)", self, type_name(error))
@@ -282,20 +284,43 @@ class SessionScope(Watched):
 
     def _end(self) -> None:
         """Conclude, remove the session whatever happens, unbind, and run what is due."""
+        if self.within is not None:
+            self._end_savepoint()
+            return
         try:
-            self._conclude()
-        finally:
             try:
-                self._remove()
+                self._conclude()
             finally:
-                self._state = State.ENDED
-                self.binder.leave(self)
-                self.held = None
-                if self.connections:
-                    self.connections = []
-                self._rollback_only = None
-                if self.callbacks is not None:
-                    self._run_callbacks()
+                self._remove()
+        except BaseException:
+            self._leave()
+            with self._first_error_stays():
+                self._run_callbacks()
+            raise
+        self._leave()
+        if self.callbacks is not None:
+            self._run_callbacks()
+
+    def _end_after_error(self) -> None:
+        """The same, while an exception is on its way: nothing is committed, and that exception stays the one raised."""
+        self._refuse()
+        with self._first_error_stays():
+            self._end()
+
+    @contextmanager
+    def _first_error_stays(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            warn_of_error(error, "%s: failed once more while an earlier error was on its way", self)
+
+    def _leave(self) -> None:
+        self._state = State.ENDED
+        self.binder.leave(self)
+        self.held = None
+        if self.connections:
+            self.connections = []
+        self._rollback_only = None
 
     def _run_callbacks(self) -> None:
         """Run the callbacks that are due.  The unit is not bound."""
@@ -308,7 +333,7 @@ class SessionScope(Watched):
         self._savepoint = self.session.begin_nested()
 
     def _end_savepoint(self) -> None:
-        """Release the SAVEPOINT, or roll back to it."""
+        """Release the SAVEPOINT, or roll back to it; the session stays."""
         try:
             session = self.binder.peek(self)
             savepoint = self._savepoint

@@ -121,9 +121,7 @@ def test_callbacks_run_in_order_when_all_of_it_is_durable(world: World, diary: D
 
 
 @in_each_unit
-def test_callbacks_of_a_failure_run_in_order_when_nothing_of_it_is_left(
-    world: World, diary: Diary, unit: Unit
-) -> None:
+def test_callbacks_of_a_failure_run_in_order_when_nothing_of_it_is_left(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
         scope = current_scope()
         scope.on_rollback(diary("before any statement"))
@@ -360,17 +358,16 @@ def test_a_callback_may_do_work_in_a_unit_of_its_own(world: World, diary: Diary,
 
 
 def test_a_callback_of_an_independent_part_finds_the_unit_around_it(sqlite_url: URL, diary: Diary) -> None:
-    with closing(World(sqlite_url, "contextual")) as world:
-        with session_scope(world.Session) as outer:
-            with session_scope(world.Session, propagation="requires_new") as inner:
-                inner.add(note("inner"))
+    with closing(World(sqlite_url, "contextual")) as world, session_scope(world.Session) as outer:
+        with session_scope(world.Session, propagation="requires_new") as inner:
+            inner.add(note("inner"))
 
-                def callback() -> None:
-                    assert world.Session() is outer
-                    diary.entries.append(f"durable: {world.durable()}")
+            def callback() -> None:
+                assert world.Session() is outer
+                diary.entries.append(f"durable: {world.durable()}")
 
-                current_scope().on_commit(callback)
-            assert diary.entries == ["durable: ['inner']"]
+            current_scope().on_commit(callback)
+        assert diary.entries == ["durable: ['inner']"]
 
 
 @in_each_unit
@@ -548,9 +545,7 @@ def test_a_commit_of_ones_own_is_final_for_what_was_registered_before(world: Wor
 
 
 @in_each_unit
-def test_a_rollback_of_ones_own_is_final_for_what_was_registered_before(
-    world: World, diary: Diary, unit: Unit
-) -> None:
+def test_a_rollback_of_ones_own_is_final_for_what_was_registered_before(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
         write(world.Session, "lost")
         diary.watch("first")
@@ -587,7 +582,7 @@ def test_removing_the_session_rolls_back_what_was_not_committed(
 def test_every_new_sessionmaker_is_listened_to(sqlite_url: URL, diary: Diary) -> None:
     """Also where it was made in the place, in memory, of one that is gone."""
     with closing(World(sqlite_url)) as world:
-        for _ in range(20):
+        for _ in range(5):
             factory = sessionmaker(world.engine)
             with session_scope(factory) as session:
                 session.execute(sa.select(Note)).all()
@@ -595,7 +590,7 @@ def test_every_new_sessionmaker_is_listened_to(sqlite_url: URL, diary: Diary) ->
                 session.rollback()
             del factory, session
             gc.collect()
-        assert diary.entries == ["rolled back"] * 20
+        assert diary.entries == ["rolled back"] * 5
 
 
 @in_each_unit
@@ -803,9 +798,7 @@ def test_an_independent_part_does_not_wait(world: World, diary: Diary, unit: Uni
 
 
 @in_each_unit
-def test_a_unit_of_another_session_does_not_wait(
-    world: World, diary: Diary, unit: Unit, tmp_path: Any
-) -> None:
+def test_a_unit_of_another_session_does_not_wait(world: World, diary: Diary, unit: Unit, tmp_path: Any) -> None:
     with closing(World(URL.create("sqlite", database=str(tmp_path / "other.sqlite")))) as other:
 
         def work() -> None:
@@ -832,12 +825,16 @@ class OwnSession(OrmSession):
     """A class of sessions of the application's own."""
 
 
+def scoped(factory: Any) -> Any:
+    return scoped_session(factory)
+
+
 SESSIONS: dict[str, Callable[[Any], Any]] = {
-    "lambda": lambda bind: scoped_session(lambda: OrmSession(bind)),
+    "lambda": lambda bind: scoped(lambda: OrmSession(bind)),
     "lambda, contextual": lambda bind: contextual_session(lambda: OrmSession(bind)),
-    "partial": lambda bind: scoped_session(functools.partial(OrmSession, bind)),
-    "partial of a sessionmaker": lambda bind: scoped_session(functools.partial(sessionmaker(bind), info={})),
-    "own class": lambda bind: scoped_session(functools.partial(OwnSession, bind)),
+    "partial": lambda bind: scoped(functools.partial(OrmSession, bind)),
+    "partial of a sessionmaker": lambda bind: scoped(functools.partial(sessionmaker(bind), info={})),
+    "own class": lambda bind: scoped(functools.partial(OwnSession, bind)),
     "own class, sessionmaker": lambda bind: contextual_session(sessionmaker(bind, class_=OwnSession)),
     "sessionmaker": sessionmaker,
 }

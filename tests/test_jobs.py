@@ -579,15 +579,14 @@ def test_all_depths_yield_the_session_of_their_unit_of_work(postgresql_world: Wo
     with session_scope(Session) as outer:
         with session_scope(Session, propagation="nested") as nested:
             with session_scope(Session, propagation="requires_new") as new:
-                with session_scope(Session, propagation="nested") as nested_in_new:
-                    with session_scope(Session) as joined:
-                        assert joined is nested_in_new is new is Session()
-                    with session_scope(Session, propagation="requires_new") as newest:
-                        assert newest not in (new, outer)
-                        assert Session() is newest
-                    assert Session() is new
+                assert Session() is new is not outer
+                with session_scope(Session, propagation="nested") as nested_in_new, session_scope(Session) as joined:
+                    assert joined is nested_in_new is new is Session()
+                with session_scope(Session, propagation="requires_new") as newest:
+                    assert newest not in (new, outer)
+                    assert Session() is newest
+                assert Session() is new
             assert nested is outer is Session()
-            assert new is not outer
         assert Session() is outer
 
 
@@ -884,7 +883,7 @@ def test_a_nested_part_that_ends_the_whole_transaction_itself_is_taken_at_its_wo
         write(session, "a: outer")
         with session_scope(world.Session, propagation="nested"):
             write(session, "b: nested")
-            if SQLALCHEMY_14 and not session.future:
+            if SQLALCHEMY_14:
                 session.commit()
             session.commit()
         assert world.durable() == ["a: outer", "b: nested"]
@@ -1202,7 +1201,15 @@ class _GeneratorCall:
         _AsynchronousCall(),
         _GeneratorCall(),
     ],
-    ids=["coroutine", "generator", "async generator", "partial coroutine", "partial generator", "call", "generator call"],
+    ids=[
+        "coroutine",
+        "generator",
+        "async generator",
+        "partial coroutine",
+        "partial generator",
+        "call",
+        "generator call",
+    ],
 )
 def test_a_function_that_would_run_after_its_unit_of_work_is_refused_at_once(function: Any) -> None:
     with pytest.raises(TypeError, match=r"cannot decorate .*session_scope\(\) inside it"):
@@ -1245,7 +1252,7 @@ def test_a_block_is_over_even_if_the_session_cannot_be_made(sqlite_url: URL) -> 
     def factory() -> Any:
         raise Failure
 
-    Session = scoped_session(factory)
+    Session: Any = scoped_session(factory)  # type: ignore[arg-type]
     for _ in range(2):
         with pytest.raises(Failure), session_scope(Session):
             pytest.fail("not reached")

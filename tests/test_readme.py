@@ -337,6 +337,22 @@ def test_a_large_export(reader):
     page = visit(SessionMiddleware(error_page, reader["Session"]))
     assert (page.status, page.content.decode().split()) == ("404 Not Found", names)
 
+    # What the text says of the ORM without yield_per.
+    Session, connections = reader["Session"], set()
+    sa.event.listen(reader["engine"], "checkout", lambda _, record, proxy: connections.add(record))
+    sa.event.listen(reader["engine"], "checkin", lambda _, record: connections.discard(record))
+    for options, held in ({"yield_per": 100}, 1), ({}, 0):
+
+        def peeped(environ: Any, start_response: Any, options: Any = options) -> Any:
+            start_response("200 OK", [])
+            for name in Session.execute(sa.select(reader["Guest"].name).execution_options(**options)).scalars():
+                yield name.encode()
+
+        exchange = Exchange(SessionMiddleware(peeped, Session))
+        assert len(connections) == held
+        assert len(exchange.read()) == 4 * 1000
+        assert not connections
+
 
 @section(GUIDE, 'commit_at = "end"')
 def test_one_transaction_for_view_and_body(reader, caplog):
@@ -421,13 +437,18 @@ def test_the_log_names_the_request_and_no_secret(reader, caplog):
         visit(reader["application"], "/Ada", QUERY_STRING="secret")
         visit(reader.wrap("welcome", commit_veto=lambda *_: True), "/Alan")
         visit(reader["application"], "/Grace\n")
+        with pytest.raises(IntegrityError):
+            visit(reader["application"], "/Ada", QUERY_STRING="secret")
     finally:
         logger.setLevel(level)
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert lines[:3] == [
         ("DEBUG", "GET /Ada: committed"),
         ("DEBUG", "GET /Alan: rolled back"),
         ("DEBUG", "GET /Grace%0A: committed"),
     ]
+    assert "GET /Ada: rolled back" in caplog.text
+    assert not any("secret" in message or "INSERT" in message for _, message in lines)
 
 
 @section(GUIDE, "Which session")

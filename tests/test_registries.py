@@ -594,7 +594,6 @@ def nothing_is_left(world: World) -> Iterator[None]:
     def begun(session: OrmSession, transaction: Any, connection: Connection) -> None:
         made.extend([weakref.ref(session), weakref.ref(connection), weakref.ref(current_scope())])
 
-    gc.collect()
     gc.disable()
     event.listen(OrmSession, "after_begin", begun)
     try:
@@ -708,9 +707,9 @@ def test_a_request_leaves_nothing_in_memory(world: World, work: Callable[[World]
 
 
 @pytest.mark.parametrize("work", WORKS)
-@pytest.mark.parametrize("chunks", [1, 2, 3], ids=["hang up before", "hang up after", "read"])
+@pytest.mark.parametrize("read_all", [False, True], ids=["hang up", "read all"])
 def test_a_streamed_request_leaves_nothing_in_memory(
-    world: World, work: Callable[[World], object], chunks: int
+    world: World, work: Callable[[World], object], read_all: bool
 ) -> None:
     world.insert("here already")
 
@@ -719,14 +718,13 @@ def test_a_streamed_request_leaves_nothing_in_memory(
         start_response("200 OK", [])
         yield b"first"
         work(world)
-        yield b"second"
         yield b"last"
 
     def serve() -> None:
         with closing(Exchange(SessionMiddleware(app, world.Session))) as exchange:
-            for _ in range(chunks):
-                exchange.next()
-            if chunks == 3:
+            assert exchange.next() == b"first"
+            assert exchange.next() == b"last"
+            if read_all:
                 with suppress(StopIteration):
                     exchange.next()
 

@@ -42,11 +42,10 @@ def world(request: pytest.FixtureRequest, sqlite_url: URL) -> Iterator[World]:
         assert not world.Session.registry.has()
 
 
-@pytest.fixture(params=REGISTRIES)
-def other(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[World]:
     """A second world, with a database of its own."""
-    url = URL.create("sqlite", database=str(tmp_path / "other.sqlite"))
-    with closing(World(url, request.param)) as other:
+    with closing(World(URL.create("sqlite", database=str(tmp_path / "other.sqlite")), "contextual")) as other:
         yield other
         assert other.checked_out == 0
         assert not other.Session.registry.has()
@@ -188,20 +187,27 @@ def test_a_thread_that_was_given_the_context_has_the_scope(sqlite_url: URL) -> N
         assert found == [session]
 
 
-def test_a_thread_that_was_given_the_context_does_not_take_a_thread_local_session_for_its_own(sqlite_url: URL) -> None:
+def test_a_thread_that_was_given_the_context_of_a_thread_local_session_has_no_scope(sqlite_url: URL) -> None:
     with closing(World(sqlite_url, "thread-local")) as world, session_scope(world.Session) as session:
-        outcomes: list[Any] = []
+        scope = current_scope()
+        done: list[str] = []
 
         def elsewhere() -> None:
-            with pytest.raises(NoActiveScope, match="another thread"):
-                _ = current_scope().session
-            with pytest.raises(NoActiveScope, match="another thread"), session_scope(world.Session):
-                pytest.fail("not reached")
-            outcomes.append(world.Session.registry.has())
+            with pytest.raises(NoActiveScope):
+                current_scope()
+            with pytest.raises(NoActiveScope):
+                _ = scope.session
+            assert not world.Session.registry.has()
+            with session_scope(world.Session) as own:
+                own.add(note("of the thread"))
+                assert own is not session
+                assert current_scope() is not scope
+            done.append("all of it")
 
         context = copy_context()
         run_in_thread(lambda: context.run(elsewhere))
-        assert outcomes == [False]
+        assert done == ["all of it"]
+        assert world.durable() == ["of the thread"]
         assert world.Session() is session
 
 
@@ -505,13 +511,13 @@ class Original(OtherBase):
 class Pair:
     """Two PostgreSQL databases and one session for both."""
 
-    def __init__(self, urls: list[URL], registry: str) -> None:
+    def __init__(self, urls: list[URL]) -> None:
         self.engines = [sa.create_engine(url) for url in urls]
         self.tables = [Original.__table__, Copy.__table__]
         for engine, table in zip(self.engines, self.tables, strict=True):
             table.create(engine)
-        factory = sessionmaker(twophase=True, binds=dict(zip([Original, Copy], self.engines, strict=True)))
-        self.Session: Any = scoped_session(factory) if registry == "thread-local" else contextual_session(factory)
+        binds = dict(zip([Original, Copy], self.engines, strict=True))
+        self.Session: Any = scoped_session(sessionmaker(twophase=True, binds=binds))
 
     def durable(self) -> tuple[list[int], list[int]]:
         with ExitStack() as stack:
@@ -527,11 +533,9 @@ class Pair:
             engine.dispose()
 
 
-@pytest.fixture(params=["thread-local", "contextual"])
-def pair(
-    request: pytest.FixtureRequest, postgresql: DatabaseServer, postgresql_url: URL, other_postgresql_url: URL
-) -> Iterator[Pair]:
-    with closing(Pair([postgresql_url, other_postgresql_url], request.param)) as pair:
+@pytest.fixture
+def pair(postgresql: DatabaseServer, postgresql_url: URL, other_postgresql_url: URL) -> Iterator[Pair]:
+    with closing(Pair([postgresql_url, other_postgresql_url])) as pair:
         yield pair
         names = f"'{postgresql_url.database}', '{other_postgresql_url.database}'"
         left = postgresql.execute(f"SELECT gid FROM pg_prepared_xacts WHERE database IN ({names})")
