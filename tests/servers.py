@@ -369,7 +369,9 @@ class WaitressServer:
         self._server.trigger.pull_trigger(self._hang_up)
         dispatcher = self._server.task_dispatcher
         dispatcher.shutdown(timeout=SECONDS_TO_STOP)
-        self._server.trigger.pull_trigger(self._close)
+        # waitress queues the function before it writes to the pipe, so the loop may have closed the pipe by then.
+        with contextlib.suppress(OSError):
+            self._server.trigger.pull_trigger(self._close)
         self._loop.join(SECONDS_TO_STOP)
         if dispatcher.threads or self._loop.is_alive():
             raise RuntimeError(f"a request to {self.url} is still running")

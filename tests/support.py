@@ -163,6 +163,9 @@ class Exchange:
     The constructor calls the application; iterate with :meth:`read`, hang up with :meth:`close`.
     """
 
+    #: The whole body, after :func:`request`.
+    content: bytes
+
     def __init__(
         self,
         app: Any,
@@ -214,5 +217,5 @@ class Exchange:
 def request(app: Any, path: str = "/", method: str = "GET", **more: Any) -> Exchange:
     """A whole request: called, read to the end, closed.  The body is in ``.content``."""
     exchange = Exchange(app, make_environ(path, method, **more))
-    exchange.content = exchange.read()  # type: ignore[attr-defined]
+    exchange.content = exchange.read()
     return exchange
