@@ -28,6 +28,7 @@ from ._binding import (
     as_scoped_session,
     binder_of,
     here,
+    innermost,
     is_here,
     rewind,
     unwind,
@@ -170,7 +171,8 @@ class SessionMiddleware:
         try:
             return self._app(environ, start_response)
         except BaseException as error:
-            outer._set_rollback_only(error)
+            # The innermost: a SAVEPOINT within it, perhaps.
+            cast(SessionScope, innermost(self._binder.key) or outer)._set_rollback_only(error)
             raise
 
     def _attempt(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
@@ -488,7 +490,9 @@ class _Stream:
         binder = scope.binder
         local = binder.local if isinstance(binder, ThreadBinder) else None
         direct = local is not None or isinstance(binder, ContextBinder)
-        values: dict[str, Any] = {}  # those of the thread-local registry, for the thread of the frame
+        # Where the last chunk was bound, and for a thread-local registry the values of that thread.
+        frame: Frame | None = None
+        values: dict[str, Any] = {}
         get_here = here.get
         advance = self._iterator.__next__
         if self._first is not _NOTHING:
@@ -496,15 +500,15 @@ class _Stream:
             yield first
         while not self._closed:
             if direct:
-                frame = scope.frame
-                if get_here() is frame and (local is None or get_ident() == frame.thread):  # type: ignore[union-attr]
-                    frame.unit = scope  # type: ignore[union-attr]
+                if frame is not None and get_here() is frame and (local is None or get_ident() == frame.thread):
+                    frame.unit = scope
                 else:
                     # The first chunk, or the first one in this thread or context.
-                    scope.frame = frame = Frame(scope, get_here())
+                    frame = Frame(scope, get_here())
                     here.set(frame)
                     if local is not None:
                         values = local.__dict__
+                scope.frame = frame
                 if local is not None:
                     if values:
                         scope.set_aside = values.pop("value", None)
@@ -512,7 +516,7 @@ class _Stream:
                         values["value"] = scope.held
             else:
                 scope.bind()
-                frame = scope.frame
+                frame = cast(Frame, scope.frame)
             if self._inside:
                 rewind(self._inside)
             try:
@@ -530,10 +534,10 @@ class _Stream:
             if self._closed:  # by another thread, in the meantime
                 self._finish(frame)  # type: ignore[unreachable]
                 return
-            if frame.covered:  # type: ignore[union-attr]
-                self._inside = unwind(frame)  # type: ignore[arg-type]
+            if frame.covered:
+                self._inside = unwind(frame)
             if direct:
-                frame.unit = None  # type: ignore[union-attr]
+                frame.unit = None
                 if local is not None:
                     scope.held = values.pop("value", None) if values else None
                     if scope.set_aside is not None:
@@ -545,10 +549,10 @@ class _Stream:
                 scope._run_callbacks()
             yield chunk
 
-    def _finish(self, frame: Frame | None) -> None:
+    def _finish(self, frame: Frame) -> None:
         """The application has no more chunks, or failed: conclude, while the client waits."""
         scope = self._scope
-        self._inside = unwind(cast(Frame, frame))
+        self._inside = unwind(frame)
         if self._closed:
             # By another thread, while the application was at work in this one, which still has the session.
             scope.frame = frame

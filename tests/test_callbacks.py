@@ -417,6 +417,34 @@ def test_a_callback_of_a_failure_that_raises_leaves_the_first_exception(
     assert "ValueError" in caplog.text
 
 
+def test_a_callback_that_is_interrupted_stops_no_other_and_the_interruption_goes_on(world: World, diary: Diary) -> None:
+    interruption = KeyboardInterrupt()
+
+    def interrupted() -> None:
+        raise interruption
+
+    with pytest.raises(KeyboardInterrupt) as caught, session_scope(world.Session) as session:
+        session.add(note("kept"))
+        current_scope().on_commit(interrupted)
+        current_scope().on_commit(diary("next"))
+    assert caught.value is interruption
+    assert diary.entries == ["next"]
+    assert world.durable() == ["kept"]
+
+
+def test_a_callback_that_is_interrupted_after_a_failure_leaves_the_first_exception(world: World, diary: Diary) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    failure = Failure()
+    with pytest.raises(Failure) as caught, session_scope(world.Session):
+        current_scope().on_rollback(interrupted)
+        current_scope().on_rollback(diary("next"))
+        raise failure
+    assert caught.value is failure
+    assert diary.entries == ["next"]
+
+
 @pytest.mark.parametrize("wrong", [None, "a string", 1, []])
 def test_what_cannot_be_called_is_told_at_once(world: World, wrong: Any) -> None:
     with session_scope(world.Session):

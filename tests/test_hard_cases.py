@@ -534,6 +534,22 @@ def test_nobody_may_write_while_the_transaction_is_being_settled(world: World, l
     assert world.durable() == ["kept"]
 
 
+def test_what_write_is_given_in_the_body_must_be_bytes_too(world: World) -> None:
+    @writing(world)
+    def app(send: Any) -> Any:
+        def body() -> Any:
+            yield b"1"
+            write(world, "lost")
+            with suppress(TypeError):
+                send("text")
+            yield b"2"
+
+        return body()
+
+    assert request(app).content == b"12"
+    assert world.durable() == []
+
+
 # -- start_response ---------------------------------------------------------------------------------------------------
 
 
@@ -691,6 +707,20 @@ def test_a_second_start_response_in_the_middle_of_the_body_is_an_error_too(world
         exchange.read()
     assert exchange.statuses == ["200 OK"]
     assert world.durable() == []
+
+
+def test_an_application_that_calls_start_response_after_its_request_was_refused_is_told_what_is_wrong(
+    world: World,
+) -> None:
+    kept: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        kept.append(start_response)
+        raise LookupError
+
+    Refused(SessionMiddleware(app, world.Session), LookupError)
+    with pytest.raises(TypeError, match="PEP 3333"):
+        kept[0](200, PLAIN)
 
 
 MALFORMED = [200, None, b"200 OK", "", "OK", "99", "99 Low", "2000 High", "200OK", " 200 OK", "200\r\nX: y", "200 OK\n"]
@@ -1101,26 +1131,35 @@ class Stubborn(Session):
 
 @pytest.mark.parametrize("kind", [LookupError, KeyboardInterrupt])
 @pytest.mark.parametrize("method", ["rollback", "close"])
-@pytest.mark.parametrize("body", ["list", "stream"])
+@pytest.mark.parametrize("where", ["view", "veto", "body", "close"])
 def test_whatever_fails_on_the_way_out_the_first_exception_stays(
-    world: World, body: str, method: str, kind: type[BaseException], log: pytest.LogCaptureFixture
+    world: World, where: str, method: str, kind: type[BaseException], log: pytest.LogCaptureFixture
 ) -> None:
     session = scoped_session(sessionmaker(world.engine, class_=Stubborn))
     failure = ValueError("the first")
 
-    def view() -> Any:
-        session.add(Note(text=SECRET))
-        session.flush()
-        session().fails = (method, kind(SECRET))
-        if body == "list":
+    def fail(here: str) -> None:
+        if here == where:
+            session.add(Note(text=SECRET))
+            session.flush()
+            session().fails = (method, kind(SECRET))
             raise failure
-        return Body(iter([b"x"]))
+
+    def chunks() -> Any:
+        yield b"1"
+        fail("body")
+
+    def view() -> Any:
+        fail("view")
+        return Body(chunks(), lambda: fail("close"))
 
     def veto(environ: Any, status: str, headers: Any) -> bool:
-        raise failure
+        fail("veto")
+        return False
 
-    refused = Refused(SessionMiddleware(respond(view), session, commit_veto=veto), ValueError)
-    assert refused.error is failure
+    with pytest.raises(ValueError, match="the first") as raised:
+        request(SessionMiddleware(respond(view), session, commit_veto=veto))
+    assert raised.value is failure
     assert world.checked_out == 0
     assert not session.registry.has()
     assert warnings_of(log)

@@ -298,6 +298,45 @@ def test_savepoints_left_open_in_a_nested_part_end_as_the_part_does(
         assert world.durable() == ["before", *kept, "z: after"]
 
 
+class UnableToClose(OrmSession):
+    """A session of the application's own, whose ``close`` is broken."""
+
+    failure: BaseException
+
+    def close(self) -> None:
+        raise self.failure
+
+
+class UnableToInvalidate(UnableToClose):
+    def invalidate(self) -> None:
+        super().invalidate()
+        raise self.failure
+
+
+@pytest.mark.parametrize("kind", [UnableToClose, UnableToInvalidate])
+def test_a_session_that_cannot_be_closed_is_discarded_and_logged(
+    sqlite_url: URL, caplog: pytest.LogCaptureFixture, kind: Any
+) -> None:
+    with closing(World(sqlite_url, class_=kind)) as world:
+        kind.failure = ValueError("not for the log")
+        with session_scope(world.Session) as session:
+            session.add(note("kept"))
+        assert world.durable() == ["kept"]
+        assert not world.Session.registry.has()
+        assert "ValueError" in caplog.text
+        first = Failure()
+        with pytest.raises(Failure) as caught, session_scope(world.Session) as session:
+            write(session, "lost")
+            raise first
+        assert caught.value is first
+        kind.failure = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt), session_scope(world.Session) as session:
+            write(session, "kept too")
+        assert world.durable() == ["kept", "kept too"]
+        assert not world.Session.registry.has()
+        assert world.checked_out == 0
+
+
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
@@ -572,6 +611,23 @@ def run_three_blocks(Session: Any, case: Case) -> BaseException | None:
     except Exception as error:
         return error
     return None
+
+
+def test_a_joined_block_that_outlives_the_unit_of_work_is_told(world: World) -> None:
+    for failure in (None, Failure()):
+        whole, joined = session_scope(world.Session), session_scope(world.Session)
+        session = whole.__enter__()
+        joined.__enter__()
+        write(session, f"in time, {failure!r}")
+        whole.__exit__(None, None, None)
+        write(session, "too late")
+        if failure is None:
+            with pytest.raises(NoActiveScope, match="ended before the block did"):
+                joined.__exit__(None, None, None)
+        else:
+            assert not joined.__exit__(Failure, failure, None)
+        assert world.checked_out == 0
+    assert world.durable() == ["in time, Failure()", "in time, None"]
 
 
 def test_all_depths_yield_the_session_of_their_unit_of_work(postgresql_world: World) -> None:
@@ -982,6 +1038,18 @@ def test_a_connection_that_breaks_in_a_nested_part_takes_the_whole_along(postgre
     assert world.checked_out == 0
 
 
+def test_a_connection_that_breaks_before_a_nested_part_is_released_is_no_success(postgresql_world: World) -> None:
+    world = postgresql_world
+    with pytest.raises((RollbackOnlyError, SQLAlchemyError)), session_scope(world.Session) as session:
+        write(session, "lost")
+        with suppress(DBAPIError), session_scope(world.Session, propagation="nested"):
+            write(session, "lost too")
+            cut_off(world)
+        write(session, "after")
+    assert world.durable() == []
+    assert world.checked_out == 0
+
+
 def cut_off(world: World) -> None:
     """Let the server drop the connections of the world's pool."""
     pids = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE state = 'idle in transaction'"
@@ -1258,3 +1326,19 @@ def test_a_block_is_over_even_if_the_session_cannot_be_made(sqlite_url: URL) -> 
             pytest.fail("not reached")
         with pytest.raises(NoActiveScope):
             current_scope()
+
+
+def test_a_joined_part_that_fails_is_over_even_if_no_session_can_be_made_any_more(
+    sqlite_url: URL, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(World(sqlite_url)) as world:
+        left = [OrmSession(world.engine)]
+        Session: Any = scoped_session(left.pop)  # type: ignore[arg-type]
+        with session_scope(Session) as session:
+            write(session, "lost")
+            with suppress(Failure), session_scope(Session):
+                Session.remove()
+                raise Failure
+        assert "IndexError" in caplog.text
+        assert world.durable() == []
+        assert world.checked_out == 0

@@ -580,6 +580,30 @@ def test_a_registry_with_a_scope_function_of_its_own_is_bound_as_it_says(sqlite_
         assert Session.registry.registry == {}
 
 
+@pytest.mark.parametrize("propagation", ["nested", "requires_new"])
+def test_a_body_may_leave_a_part_open_while_its_chunks_leave(world: World, propagation: Any) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        yield b"first"
+        with session_scope(world.Session, propagation=propagation) as session:
+            session.add(note("one"))
+            yield b"second"
+            assert world.Session() is session
+            session.add(note("two"))
+            yield b"third"
+            assert world.Session() is session
+        yield b"last"
+
+    exchange = Exchange(SessionMiddleware(app, world.Session))
+    for chunk in (b"first", b"second", b"third", b"last"):
+        assert exchange.next() == chunk
+        assert not world.Session.registry.has()
+        with pytest.raises(NoActiveScope):
+            current_scope()
+    assert exchange.read() == b""
+    assert world.durable() == ["one", "two"]
+
+
 # -- nothing is left in memory ----------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import greenlet
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, declarative_base, scoped_session, sessionmaker
 
 from sa_wsgi_session import (
     NoActiveScope,
@@ -29,6 +29,7 @@ from sa_wsgi_session import (
     contextual_session,
     current_scope,
     default_commit_veto,
+    session_scope,
 )
 from tests.support import REGISTRIES, Exchange, Note, World, Worlds, make_environ, make_session, request
 
@@ -597,6 +598,20 @@ def test_a_body_around_what_the_file_wrapper_made_is_streamed(world: World, wrap
     assert world.durable() == ["downloaded"]
 
 
+def test_a_file_wrapper_of_the_applications_own_is_streamed(world: World) -> None:
+    class Counting(FileWrapper):
+        def __next__(self) -> bytes:
+            world.Session.info["blocks"] = world.Session.info.get("blocks", 0) + 1
+            return super().__next__()
+
+        def close(self) -> None:
+            write(world, f"{world.Session.info['blocks']} blocks")
+
+    app = serve(world, lambda: Counting(io.BytesIO(b"the file"), 4))
+    assert request(app, **{"wsgi.file_wrapper": FileWrapper}).content == b"the file"
+    assert world.durable() == ["3 blocks"]
+
+
 def test_a_file_wrapper_is_not_asked_for_where_the_server_has_none(world: World) -> None:
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", PLAIN)
@@ -859,6 +874,87 @@ def test_a_body_may_hop_from_thread_to_thread(world: World) -> None:
     assert len(set(map(id, sessions))) == 1
     assert len(set(map(id, keep))) == 6
     assert world.durable() == [*(f"chunk {number}" for number in range(5)), "close"]
+
+
+@pytest.mark.parametrize("registry", ["thread-local", "contextual"])
+def test_a_body_may_be_closed_while_another_thread_still_waits_for_its_next_chunk(
+    request: pytest.FixtureRequest, worlds: Worlds, registry: str
+) -> None:
+    with worlds.use(request.getfixturevalue, "sqlite", registry) as world:
+        at_work, closed = threading.Event(), threading.Event()
+
+        def chunks() -> Any:
+            yield b"1"
+            write(world, "too late")
+            at_work.set()
+            assert closed.wait(30)
+            yield b"2"
+
+        body = Body(chunks())
+        exchange = Exchange(serve(world, lambda: body))
+        assert exchange.next() == b"1"
+        ended: list[bool] = []
+
+        def read_on() -> None:
+            ended.append(next(exchange._iterator, None) is None)  # type: ignore[call-overload]
+
+        thread = threading.Thread(target=read_on)
+        thread.start()
+        assert at_work.wait(30)
+        exchange.close()
+        closed.set()
+        thread.join()
+        assert ended == [True]
+        assert body.closed == 1
+        assert world.checked_out == 0
+        assert world.durable() == []
+
+
+@pytest.mark.parametrize("propagation", ["required", "nested", "requires_new"])
+def test_a_body_may_keep_a_session_scope_open_over_its_chunks(any_world: World, propagation: Any) -> None:
+    if any_world.engine.dialect.name == "sqlite" and propagation == "requires_new":
+        pytest.skip("SQLite has one writer at a time")
+
+    def chunks(name: str) -> Any:
+        with session_scope(any_world.Session, propagation=propagation) as session:
+            session.add(Note(text=f"{name} inside"))
+            session.flush()
+            for number in range(3):
+                assert any_world.Session() is session
+                assert current_scope().session is session
+                yield b"%d" % number
+        assert (any_world.Session() is session) == (propagation != "requires_new")
+
+    def view() -> Any:
+        any_world.Session()
+        return chunks("a")
+
+    exchange = Exchange(serve(any_world, view))
+    for number in range(3):
+        assert exchange.next() == b"%d" % number
+        with pytest.raises(NoActiveScope):
+            current_scope()
+        assert not any_world.Session.registry.has()
+    exchange.read()
+    assert any_world.durable() == ["a inside"]
+
+
+@pytest.mark.parametrize("propagation", ["nested", "requires_new"])
+def test_a_session_scope_that_a_body_has_open_when_the_client_goes_away_is_rolled_back(
+    any_world: World, propagation: Any
+) -> None:
+    def chunks() -> Any:
+        with session_scope(any_world.Session, propagation=propagation) as session:
+            session.add(Note(text="lost"))
+            session.flush()
+            yield b"1"
+            yield b"2"
+
+    exchange = Exchange(serve(any_world, chunks))
+    exchange.next()
+    exchange.close()
+    assert any_world.checked_out == 0
+    assert any_world.durable() == []
 
 
 def test_a_body_may_be_read_in_another_context_each_time(world: World) -> None:
@@ -1163,7 +1259,7 @@ def query(session: Any) -> Any:
 
 
 def partitions(session: Any) -> Any:
-    result = session.execute(sa.select(Note.text).order_by(Note.text).execution_options(stream_results=True))
+    result = session.execute(sa.select(NOTES).order_by(NOTES.c.text).execution_options(stream_results=True))
     return itertools.chain.from_iterable(result.partitions(2))
 
 
@@ -1362,15 +1458,20 @@ def test_whatever_was_changed_is_durable_before_the_first_byte_although_a_result
 
 READS = [
     "SELECT text FROM note",
+    "select text from note;",
     "  ( SELECT text FROM note )",
     "WITH read AS (SELECT text FROM note) SELECT text FROM read",
     "SELECT text FROM note FOR UPDATE",
     "SELECT text FROM note FOR NO KEY UPDATE",
     "SELECT text AS \"insert\" FROM note WHERE text <> 'DELETE; it''s INTO'",
-    "SELECT text FROM note -- UPDATE it some day",
-    "/* INSERT */ SELECT text FROM note",
+    "SELECT text FROM note -- UPDATE it; INSERT INTO it",
+    "/* INSERT INTO */ SELECT text FROM note",
+    f"SELECT text FROM note WHERE text <> '{'x' * 5_000}'",
+    f"SELECT text FROM note WHERE text <> '{'x' * 200_000}'",
     "VALUES ('a note')",
     "TABLE note",
+    "EXPLAIN DELETE FROM note",
+    "SHOW search_path",
 ]
 
 
@@ -1384,7 +1485,7 @@ def test_what_only_reads_is_no_change_however_it_is_written(postgresql_world: Wo
 
     exchange = Exchange(serve(postgresql_world, view))
     assert postgresql_world.checked_out == 1
-    assert b"a note" in exchange.read()
+    assert exchange.read()
 
 
 WRITES = [
@@ -1393,7 +1494,17 @@ WRITES = [
     "WITH done AS (UPDATE note SET text = 'new' RETURNING text) SELECT text FROM done",
     "INSERT INTO note (text) VALUES ('new') RETURNING text",
     "SELECT text INTO other FROM note",
+    "EXPLAIN ANALYZE DELETE FROM note",
+    "EXPLAIN (ANALYZE) DELETE FROM note",
+    "DELETE FROM note; SELECT text FROM note",
+    "SELECT text FROM note; DELETE FROM note",
+    "DO $$ BEGIN DELETE FROM note; END $$",
 ]
+
+
+def held(rows: Any) -> Iterator[bytes]:
+    """A body that has a result, of whatever kind, and another one that is open."""
+    yield b"" if rows is None else b"held"
 
 
 @pytest.mark.parametrize("statement", WRITES)
@@ -1401,8 +1512,8 @@ def test_what_writes_and_returns_rows_is_durable_before_the_first_byte(postgresq
     postgresql_world.insert("old")
 
     def view() -> Any:
-        rows = postgresql_world.Session.execute(sa.text(statement))
-        return (b"a row" for _ in (rows if rows.returns_rows else ()))
+        written = postgresql_world.Session.execute(sa.text(statement))
+        return held((written, postgresql_world.Session.execute(sa.text("SELECT 1 UNION SELECT 2"))))
 
     exchange = Exchange(serve(postgresql_world, view))
     assert postgresql_world.checked_out == 0
@@ -1410,6 +1521,17 @@ def test_what_writes_and_returns_rows_is_durable_before_the_first_byte(postgresq
     with postgresql_world.engine.begin() as connection:
         assert postgresql_world.durable() != ["old"] or sa.inspect(connection).has_table("other")
         connection.execute(sa.text("DROP TABLE IF EXISTS other"))
+
+
+@pytest.mark.parametrize(("pragma", "open_after"), [("user_version", 1), ("user_version = 7", 0)])
+def test_a_pragma_that_sets_is_a_change_and_one_that_asks_is_none(world: World, pragma: str, open_after: int) -> None:
+    def view() -> Any:
+        world.Session.execute(sa.text(f"PRAGMA {pragma}"))
+        return held(world.Session.execute(sa.text("SELECT 1 UNION SELECT 2")))
+
+    exchange = Exchange(serve(world, view))
+    assert world.checked_out == open_after
+    exchange.read()
 
 
 def test_an_error_page_may_stream_the_rows_of_a_result_that_the_view_left_open(any_world: World) -> None:
@@ -1672,7 +1794,7 @@ def test_commit_at_can_only_be_a_moment_that_exists(world: World) -> None:
 def test_commit_at_comes_too_late_in_the_body(world: World) -> None:
     def view() -> Any:
         assert current_scope().commit_at == "start"
-        with pytest.raises(NoActiveScope, match="before the view returns"):
+        with pytest.raises(RuntimeError, match="before the view returns"):
             current_scope().commit_at = "end"
         yield b"checked"
 
@@ -1901,3 +2023,76 @@ def test_a_session_on_a_connection_of_its_own_works_like_any_other(
             assert connection.execute(sa.select(Note.text)).scalars().all() == ["seen by the test"]
             outermost.rollback()
         assert world.durable() == []
+
+
+OtherBase: Any = declarative_base()
+
+
+class Page(OtherBase):
+    """A row of the other database."""
+
+    __tablename__ = "page"
+    id = sa.Column(sa.Integer, primary_key=True)
+
+
+@pytest.mark.parametrize("changed", [None, Note, Page])
+def test_a_session_with_two_databases_waits_for_the_results_of_both_and_for_the_changes_of_none(
+    request: pytest.FixtureRequest, worlds: Worlds, tmp_path: Any, changed: Any
+) -> None:
+    with worlds.use(request.getfixturevalue, "sqlite", "thread-local") as world:
+        other = sa.create_engine(f"sqlite:///{tmp_path / 'other.sqlite'}")
+        OtherBase.metadata.create_all(other)
+        with other.begin() as connection:
+            connection.execute(sa.insert(Page), [{"id": 1}, {"id": 2}])
+        world.insert("a", "b")
+        session = scoped_session(sessionmaker(binds={Note: world.engine, Page: other}))
+
+        def view() -> Any:
+            pages = session.execute(sa.select(Page.__table__))
+            if changed is not None:
+                session.add(Note(text="new") if changed is Note else Page(id=3))
+                session.flush()
+            notes = session.execute(sa.select(NOTES))
+
+            def body() -> Any:
+                for page, note in zip(pages, notes, strict=True):
+                    yield f"{page.id}{note.text} ".encode()
+
+            return body()
+
+        exchange = Exchange(SessionMiddleware(respond(view), session))
+        assert world.checked_out == (changed is None)
+        if changed is None:
+            assert exchange.read() == b"1a 2b "
+        exchange.close()
+        with other.connect() as connection:
+            assert connection.execute(sa.select(sa.func.count(Page.id))).scalar() == (3 if changed is Page else 2)
+        assert world.durable() == (["a", "b", "new"] if changed is Note else ["a", "b"])
+        other.dispose()
+
+
+def test_middlewares_that_are_made_at_the_same_time_listen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Meeting:
+        """A lock before which two threads meet."""
+
+        def __init__(self) -> None:
+            self._barrier = threading.Barrier(2, timeout=30)
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            self._barrier.wait()
+            self._lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            self._lock.release()
+
+    monkeypatch.setattr("sa_wsgi_session._watching._lock", Meeting())
+    session = scoped_session(sessionmaker())
+    threads = [threading.Thread(target=SessionMiddleware, args=(respond(list), session)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    assert len(list(session().dispatch.after_begin)) == 1
+    session.remove()

@@ -234,6 +234,26 @@ def test_the_session_of_a_scope_is_that_of_the_registry(world: World) -> None:
     request(SessionMiddleware(app, world.Session))
 
 
+def test_the_session_of_a_scope_can_be_had_from_within_an_independent_part(world: World) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        whole = current_scope()
+        with session_scope(world.Session, propagation="requires_new") as session:
+            made_from_within = whole.session
+            assert made_from_within is whole.session is not session
+            with session_scope(world.Session, propagation="requires_new") as inner:
+                assert whole.session is made_from_within
+                assert current_scope().session is inner
+            whole.on_commit(lambda: None)
+            assert world.Session() is session
+        assert world.Session() is made_from_within
+        world.Session.add(note("kept"))
+        start_response("200 OK", [])
+        return [b"done"]
+
+    request(SessionMiddleware(app, world.Session))
+    assert world.durable() == ["kept"]
+
+
 def test_after_its_end_a_scope_refuses_everything(world: World) -> None:
     with session_scope(world.Session) as session:
         whole = current_scope()
@@ -420,6 +440,24 @@ def test_the_repr_of_a_scope_tells_where_in_its_life_it_is(world: World) -> None
 def test_the_public_names_are_where_they_are_imported_from() -> None:
     for public in (SessionScope, NoActiveScope, RollbackOnlyError, SessionMiddleware):
         assert public.__module__ == "sa_wsgi_session"
+
+
+def test_what_can_only_be_rolled_back_is_told_before_a_response_streams(world: World) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        current_scope().commit_at = "end"
+        try:
+            with session_scope(world.Session) as session:
+                write(session, "half")
+                raise Failure
+        except Failure:
+            start_response("200 OK", [])
+        yield b"first"
+
+    statuses: list[str] = []
+    with pytest.raises(RollbackOnlyError):
+        Exchange(SessionMiddleware(app, world.Session), on_start=statuses.append)
+    assert statuses == []
+    assert world.durable() == []
 
 
 # -- two databases ----------------------------------------------------------------------------------------------------
