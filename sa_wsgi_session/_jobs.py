@@ -109,6 +109,8 @@ class session_scope:
         if within is not None:
             self._leave(within, error)
         elif scope is not None:
+            if not scope._is_bound:
+                scope.bind()  # a generator's block, which outlives the unit around it
             if error is None:
                 scope._end()
             else:

@@ -210,6 +210,7 @@ class SessionMiddleware:
             else:
                 if response.write_to is None:
                     scope._settle(streams=True)
+                stream.inside = scope._unwind()
                 scope.unbind()
                 scope._run_callbacks()
             response.forward()
@@ -397,7 +398,7 @@ class _Response:
                     )
                 self.write_to(data)
                 return
-            inside = unwind(cast(Frame, scope.frame))
+            inside = scope._unwind()
             try:
                 if self.write_to is None:
                     self.decide()
@@ -453,10 +454,10 @@ class _Stream:
         "_closed",
         "_complete",
         "_first",
-        "_inside",
         "_iterator",
         "_scope",
         "handed_on",
+        "inside",
     )
 
     def __init__(self, scope: SessionScope, body: Any) -> None:
@@ -465,7 +466,7 @@ class _Stream:
         self._complete = False
         self._first: Any = _NOTHING
         #: The units that the body has left open over a chunk, innermost first.
-        self._inside: list[Unit] = []
+        self.inside: list[Unit] = []
         self._scope = scope
         self._body = body
         if isinstance(body, (str, bytes, bytearray)) or not (hasattr(body, "__iter__") or hasattr(body, "__getitem__")):
@@ -517,8 +518,8 @@ class _Stream:
             else:
                 scope.bind()
                 frame = cast(Frame, scope.frame)
-            if self._inside:
-                rewind(self._inside)
+            if self.inside:
+                rewind(self.inside)
             try:
                 chunk = advance()
                 if type(chunk) is not bytes:
@@ -534,8 +535,9 @@ class _Stream:
             if self._closed:  # by another thread, in the meantime
                 self._finish(frame)  # type: ignore[unreachable]
                 return
+            frame = cast(Frame, scope.frame)  # another one, if the application has called write()
             if frame.covered:
-                self._inside = unwind(frame)
+                self.inside = unwind(frame)
             if direct:
                 frame.unit = None
                 if local is not None:
@@ -552,13 +554,13 @@ class _Stream:
     def _finish(self, frame: Frame) -> None:
         """The application has no more chunks, or failed: conclude, while the client waits."""
         scope = self._scope
-        self._inside = unwind(frame)
         if self._closed:
             # By another thread, while the application was at work in this one, which still has the session.
             scope.frame = frame
             scope._refuse()
             scope._end()
             return
+        self.inside = scope._unwind()
         try:
             scope._conclude()
             self._complete = not scope._refused
@@ -579,15 +581,12 @@ class _Stream:
         if not self._complete:
             scope._refuse()  # the client went away, or something failed
         scope.bind()
-        rewind(self._inside)
-        # What is still open after the application's close, nobody will close.
+        rewind(self.inside)
         try:
             _close(self._body)
         except BaseException:
-            unwind(cast(Frame, scope.frame))
             scope._end_after_error()
             raise
-        unwind(cast(Frame, scope.frame))
         scope._end()
 
     def __del__(self) -> None:

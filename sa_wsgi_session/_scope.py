@@ -39,7 +39,7 @@ from urllib.parse import quote
 
 from sqlalchemy.orm import Session
 
-from ._binding import Binder, binder_of, innermost, is_here
+from ._binding import Binder, Unit, binder_of, innermost, is_here, unwind
 from ._callbacks import Callbacks
 from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
 from ._watching import Watched, is_aborted
@@ -207,6 +207,11 @@ class SessionScope(Watched):
     def _is_bound(self) -> bool:
         return self.frame is not None and self.frame.unit is self
 
+    def _unwind(self) -> list[Unit]:
+        """Unbind what code has left open within this unit, which is bound; see :func:`unwind`."""
+        assert self.frame is not None
+        return unwind(self.frame) if self.frame.covered else []
+
     def _refuse(self) -> None:
         """From now on nothing of this unit may be committed."""
         self._refused = True
@@ -284,6 +289,7 @@ class SessionScope(Watched):
 
     def _end(self) -> None:
         """Conclude, remove the session whatever happens, unbind, and run what is due."""
+        self._unwind()  # what is still open within it has lost its place
         if self.within is not None:
             self._end_savepoint()
             return

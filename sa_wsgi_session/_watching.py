@@ -142,9 +142,10 @@ def listen(binder: Binder) -> None:
     # Before the application's own listeners, which may change data in after_begin, or raise in after_commit.
     _listen_once(_sessions, _session_class(binder.factory), _SESSION_LISTENERS, insert=True)
     options = getattr(binder.factory, "kw", None)
-    engine = options.get("bind") if isinstance(options, dict) else None
-    if engine is not None:
-        _listen_to_dialect(engine.dialect)
+    if isinstance(options, dict):
+        for bind in (options.get("bind"), *(options.get("binds") or {}).values()):
+            if bind is not None:
+                _listen_to_dialect(bind.dialect)
 
 
 def _listen_to_dialect(dialect: Any) -> None:

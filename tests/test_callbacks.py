@@ -25,19 +25,22 @@ from sa_wsgi_session import (
     session_scope,
 )
 from tests.conftest import SQLALCHEMY_14
-from tests.support import Exchange, Note, World, request
+from tests.support import REGISTRIES, Exchange, Note, World, request
 
 
 class Failure(Exception):
     """What goes wrong in these tests."""
 
 
-@pytest.fixture(params=["thread-local", "contextual"])
+@pytest.fixture
 def world(request: pytest.FixtureRequest, sqlite_url: URL) -> Iterator[World]:
-    with closing(World(sqlite_url, request.param)) as world:
+    with closing(World(sqlite_url, getattr(request, "param", "thread-local"))) as world:
         yield world
         assert world.checked_out == 0
         assert not world.Session.registry.has()
+
+
+in_each_registry = pytest.mark.parametrize("world", REGISTRIES, indirect=True)
 
 
 class Diary:
@@ -105,6 +108,7 @@ in_each_unit = pytest.mark.parametrize("unit", UNITS)
 # -- when, and in which order -----------------------------------------------------------------------------------------
 
 
+@in_each_registry
 @in_each_unit
 def test_callbacks_run_in_order_when_all_of_it_is_durable(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
@@ -120,6 +124,7 @@ def test_callbacks_run_in_order_when_all_of_it_is_durable(world: World, diary: D
     assert diary.entries == ["before any statement", "durable: ['kept']", "last"]
 
 
+@in_each_registry
 @in_each_unit
 def test_callbacks_of_a_failure_run_in_order_when_nothing_of_it_is_left(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
@@ -143,6 +148,7 @@ def test_callbacks_run_although_nothing_was_done(world: World, diary: Diary, uni
     assert diary.entries == ["committed"]
 
 
+@in_each_registry
 @in_each_unit
 def test_callbacks_run_when_their_connection_is_back_in_the_pool(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
@@ -241,6 +247,7 @@ def test_callbacks_of_the_view_and_of_the_body_follow_their_own_transaction(worl
     assert world.durable() == ["view"]
 
 
+@in_each_registry
 def test_callbacks_can_be_registered_while_the_application_closes_its_body(world: World, diary: Diary) -> None:
     class Body:
         def __iter__(self) -> Iterator[bytes]:
@@ -267,6 +274,7 @@ def test_callbacks_can_be_registered_while_the_application_closes_its_body(world
     assert world.durable() == ["closed 0"]
 
 
+@in_each_registry
 def test_callbacks_of_a_body_that_commits_by_itself_run_before_the_next_chunk_leaves(
     world: World, diary: Diary
 ) -> None:
@@ -291,6 +299,7 @@ def test_callbacks_of_a_body_that_commits_by_itself_run_before_the_next_chunk_le
 # -- what a callback finds --------------------------------------------------------------------------------------------
 
 
+@in_each_registry
 @in_each_unit
 def test_a_callback_runs_outside_of_the_unit_of_work(world: World, diary: Diary, unit: Unit) -> None:
     def callback() -> None:
@@ -340,6 +349,7 @@ def test_a_callback_finds_the_registry_as_it_was_before(
         world.Session.remove()
 
 
+@in_each_registry
 @in_each_unit
 def test_a_callback_may_do_work_in_a_unit_of_its_own(world: World, diary: Diary, unit: Unit) -> None:
     def callback() -> None:
@@ -520,6 +530,7 @@ def test_a_veto_means_rolled_back(world: World, diary: Diary, writes: bool) -> N
     assert diary.entries == ["rolled back"]
 
 
+@in_each_registry
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_client_that_hangs_up_means_rolled_back(world: World, diary: Diary, writes: bool) -> None:
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
@@ -554,6 +565,7 @@ def test_a_failed_commit_is_a_500_whose_callbacks_are_told_first(world: World, d
 # -- what the application does itself ---------------------------------------------------------------------------------
 
 
+@in_each_registry
 @in_each_unit
 def test_a_commit_of_ones_own_is_final_for_what_was_registered_before(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
@@ -572,6 +584,7 @@ def test_a_commit_of_ones_own_is_final_for_what_was_registered_before(world: Wor
     assert world.durable() == ["kept"]
 
 
+@in_each_registry
 @in_each_unit
 def test_a_rollback_of_ones_own_is_final_for_what_was_registered_before(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
@@ -586,6 +599,7 @@ def test_a_rollback_of_ones_own_is_final_for_what_was_registered_before(world: W
     assert world.durable() == ["kept"]
 
 
+@in_each_registry
 @in_each_unit
 @pytest.mark.parametrize("leave", ["remove", "close"])
 def test_removing_the_session_rolls_back_what_was_not_committed(
@@ -657,6 +671,7 @@ def test_flushes_are_no_ends_of_transactions(world: World, diary: Diary, unit: U
 # -- SAVEPOINTs -------------------------------------------------------------------------------------------------------
 
 
+@in_each_registry
 @in_each_unit
 def test_a_savepoint_that_is_rolled_back_drops_what_was_registered_in_it(
     world: World, diary: Diary, unit: Unit
@@ -703,6 +718,7 @@ def test_a_savepoint_that_is_released_is_lost_with_the_transaction(world: World,
     assert diary.entries == ["inside rolled back"]
 
 
+@in_each_registry
 @in_each_unit
 def test_nested_savepoints_hand_on_what_was_registered_in_them_level_by_level(
     world: World, diary: Diary, unit: Unit
@@ -726,6 +742,7 @@ def test_nested_savepoints_hand_on_what_was_registered_in_them_level_by_level(
     assert world.durable() == ["kept"]
 
 
+@in_each_registry
 @in_each_unit
 def test_a_nested_part_that_fails_drops_what_was_registered_in_it(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
@@ -741,6 +758,7 @@ def test_a_nested_part_that_fails_drops_what_was_registered_in_it(world: World, 
     assert sorted(diary.entries) == ["before committed", "part of part rolled back", "part rolled back"]
 
 
+@in_each_registry
 @in_each_unit
 def test_a_nested_part_that_ends_well_waits_for_the_whole(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:
@@ -810,6 +828,7 @@ def test_a_joined_part_waits_for_the_whole(world: World, diary: Diary, unit: Uni
     assert diary.entries == ["joined committed"]
 
 
+@in_each_registry
 @in_each_unit
 def test_an_independent_part_does_not_wait(world: World, diary: Diary, unit: Unit) -> None:
     def work() -> None:

@@ -19,11 +19,7 @@ from sa_wsgi_session import NoActiveScope, RollbackOnlyError, SessionMiddleware,
 from tests.support import REGISTRIES, Exchange, Note, World, Worlds, make_environ, request
 
 PLAIN = [("Content-Type", "text/plain")]
-SQLALCHEMY_14 = sa.__version__.startswith("1.4.")
-PSYCOPG = [
-    "postgresql+psycopg2",
-    pytest.param("postgresql+psycopg", marks=pytest.mark.skipif(SQLALCHEMY_14, reason="needs SQLAlchemy 2.0")),
-]
+PSYCOPG = ["postgresql+psycopg2", *([] if sa.__version__.startswith("1.4.") else ["postgresql+psycopg"])]
 
 
 @pytest.fixture(scope="module")
@@ -230,17 +226,19 @@ def test_a_swallowed_statement_error_is_none_where_all_is_rolled_back_anyway(pos
     assert postgresql_world.durable() == []
 
 
-def test_a_statement_error_is_none_where_the_database_goes_on_after_it(any_world: World) -> None:
-    if any_world.engine.dialect.name == "postgresql":
-        pytest.skip("PostgreSQL does not")
+@pytest.mark.parametrize("database", ["sqlite", "mariadb"])
+def test_a_statement_error_is_none_where_the_database_goes_on_after_it(
+    request: pytest.FixtureRequest, worlds: Worlds, database: str
+) -> None:
+    with worlds.use(request.getfixturevalue, database, "thread-local") as world:
 
-    def view() -> Any:
-        write(any_world, "kept")
-        fail_and_swallow(any_world)
-        return [b"x"]
+        def view() -> Any:
+            write(world, "kept")
+            fail_and_swallow(world)
+            return [b"x"]
 
-    request(serve(any_world, view))
-    assert any_world.durable() == ["kept"]
+        Exchange(serve(world, view)).read()
+        assert world.durable() == ["kept"]
 
 
 @pytest.mark.parametrize("database", ["sqlite", *PSYCOPG])
@@ -1129,9 +1127,17 @@ class Stubborn(Session):
             raise self.fails[1]
 
 
-@pytest.mark.parametrize("kind", [LookupError, KeyboardInterrupt])
-@pytest.mark.parametrize("method", ["rollback", "close"])
-@pytest.mark.parametrize("where", ["view", "veto", "body", "close"])
+@pytest.mark.parametrize(
+    ("where", "method", "kind"),
+    [
+        (where, method, kind)
+        for where in ("view", "veto", "body", "close")
+        for method in ("rollback", "close")
+        for kind in (LookupError, KeyboardInterrupt)
+        # After a body that has failed, it is in a call of its own, the server's to close(), that the session is closed.
+        if (where, method, kind) != ("body", "close", KeyboardInterrupt)
+    ],
+)
 def test_whatever_fails_on_the_way_out_the_first_exception_stays(
     world: World, where: str, method: str, kind: type[BaseException], log: pytest.LogCaptureFixture
 ) -> None:
@@ -1169,7 +1175,8 @@ def test_whatever_fails_on_the_way_out_the_first_exception_stays(
 
 
 @pytest.mark.parametrize("method", ["rollback", "close"])
-def test_an_interrupt_on_the_way_out_is_not_lost_where_it_is_the_first(world: World, method: str) -> None:
+@pytest.mark.parametrize("body", ["list", "stream"])
+def test_an_interrupt_on_the_way_out_is_not_lost_where_it_is_the_first(world: World, body: str, method: str) -> None:
     session = scoped_session(sessionmaker(world.engine, class_=Stubborn))
     interrupt = KeyboardInterrupt()
 
@@ -1177,11 +1184,11 @@ def test_an_interrupt_on_the_way_out_is_not_lost_where_it_is_the_first(world: Wo
         session.add(Note(text="lost"))
         session.flush()
         session().fails = (method, interrupt)
-        return [b"x"]
+        return [b"x"] if body == "list" else iter([b"x"])
 
-    refused = Refused(SessionMiddleware(respond(view, "500 Oops"), session), KeyboardInterrupt)
-    assert refused.error is interrupt
-    assert refused.told == []
+    with pytest.raises(KeyboardInterrupt) as raised:
+        request(SessionMiddleware(respond(view, "500 Oops"), session))
+    assert raised.value is interrupt
     assert world.checked_out == 0
     assert not session.registry.has()
 

@@ -34,12 +34,15 @@ class Failure(Exception):
     """What goes wrong in these tests."""
 
 
-@pytest.fixture(params=REGISTRIES)
+@pytest.fixture
 def world(request: pytest.FixtureRequest, sqlite_url: URL) -> Iterator[World]:
-    with closing(World(sqlite_url, request.param)) as world:
+    with closing(World(sqlite_url, getattr(request, "param", "thread-local"))) as world:
         yield world
         assert world.checked_out == 0
         assert not world.Session.registry.has()
+
+
+in_each_registry = pytest.mark.parametrize("world", REGISTRIES, indirect=True)
 
 
 @pytest.fixture
@@ -63,6 +66,7 @@ def write(session: Any, text: str) -> None:
 # -- current_scope ----------------------------------------------------------------------------------------------------
 
 
+@in_each_registry
 def test_where_no_unit_of_work_is_active_there_is_no_scope(world: World) -> None:
     for arguments in [(), (None,), (world.Session,), (sessionmaker(),)]:
         with pytest.raises(NoActiveScope, match="session_scope"):
@@ -78,6 +82,7 @@ def test_no_active_scope_and_rollback_only_are_runtime_errors() -> None:
     assert issubclass(RollbackOnlyError, RuntimeError)
 
 
+@in_each_registry
 def test_in_a_job_there_is_the_scope_of_the_job(world: World) -> None:
     with session_scope(world.Session) as session:
         scope = current_scope()
@@ -87,6 +92,7 @@ def test_in_a_job_there_is_the_scope_of_the_job(world: World) -> None:
         assert scope.attempt == 1
 
 
+@in_each_registry
 def test_in_a_request_there_is_the_scope_that_the_environ_holds(world: World) -> None:
     scopes = []
 
@@ -103,6 +109,7 @@ def test_in_a_request_there_is_the_scope_that_the_environ_holds(world: World) ->
     exchange.close()
 
 
+@in_each_registry
 def test_between_the_chunks_of_a_body_there_is_none(world: World) -> None:
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", [])
@@ -119,6 +126,7 @@ def test_between_the_chunks_of_a_body_there_is_none(world: World) -> None:
             _ = scope.session
 
 
+@in_each_registry
 def test_a_joined_part_is_no_scope_of_its_own_and_the_others_are(world: World) -> None:
     with session_scope(world.Session) as session:
         scope = current_scope()
@@ -134,6 +142,7 @@ def test_a_joined_part_is_no_scope_of_its_own_and_the_others_are(world: World) -
         assert current_scope() is scope
 
 
+@in_each_registry
 def test_of_two_sessions_the_innermost_is_meant_unless_one_is_named(world: World, other: World) -> None:
     with session_scope(world.Session) as session, session_scope(other.Session) as other_session:
         assert current_scope().session is other_session
@@ -220,6 +229,7 @@ def run_in_thread(function: Any) -> None:
 # -- SessionScope -----------------------------------------------------------------------------------------------------
 
 
+@in_each_registry
 def test_the_session_of_a_scope_is_that_of_the_registry(world: World) -> None:
     def app(environ: Any, start_response: Any) -> list[bytes]:
         scope = environ["sa_wsgi_session.scope"]
@@ -234,6 +244,7 @@ def test_the_session_of_a_scope_is_that_of_the_registry(world: World) -> None:
     request(SessionMiddleware(app, world.Session))
 
 
+@in_each_registry
 def test_the_session_of_a_scope_can_be_had_from_within_an_independent_part(world: World) -> None:
     def app(environ: Any, start_response: Any) -> list[bytes]:
         whole = current_scope()
@@ -254,6 +265,7 @@ def test_the_session_of_a_scope_can_be_had_from_within_an_independent_part(world
     assert world.durable() == ["kept"]
 
 
+@in_each_registry
 def test_after_its_end_a_scope_refuses_everything(world: World) -> None:
     with session_scope(world.Session) as session:
         whole = current_scope()
@@ -273,6 +285,7 @@ def test_after_its_end_a_scope_refuses_everything(world: World) -> None:
             scope.on_rollback(lambda: None)
 
 
+@in_each_registry
 def test_doom_answers_a_success_and_keeps_nothing(world: World) -> None:
     def app(environ: Any, start_response: Any) -> list[bytes]:
         write(world.Session, "tried")
@@ -468,6 +481,7 @@ def two_databases(app: Any, first: World, second: World) -> Any:
     return SessionMiddleware(inner, first.Session, environ_key="first")
 
 
+@in_each_registry
 def test_nested_middlewares_give_a_request_two_sessions(world: World, other: World) -> None:
     def app(environ: Any, start_response: Any) -> list[bytes]:
         assert environ["first.session"] is world.Session
@@ -503,6 +517,7 @@ def test_nested_middlewares_roll_both_back(world: World, other: World, how: str)
     assert (world.durable(), other.durable()) == ([], [])
 
 
+@in_each_registry
 def test_nested_middlewares_keep_both_sessions_usable_while_the_body_streams(world: World, other: World) -> None:
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", [])
