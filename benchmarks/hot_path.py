@@ -173,7 +173,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def measure_requests(rounds: int) -> Iterator[dict[str, Any]]:
-    kinds = {"thread-local": scoped_session, "contextual": contextual_session}
+    kinds: dict[str, Any] = {"thread-local": scoped_session, "contextual": contextual_session}
     for case, requests in {
         "no session": 400,
         "session only": 150,
@@ -183,9 +183,7 @@ def measure_requests(rounds: int) -> Iterator[dict[str, Any]]:
         contenders: dict[str, Callable[[], float]] = {}
         engines = []
 
-        def add(
-            name: str, app: Application, contenders: dict[str, Any] = contenders, requests: int = requests
-        ) -> None:
+        def add(name: str, app: Application, contenders: dict[str, Any] = contenders, requests: int = requests) -> None:
             contenders[name] = lambda: time_requests(app, requests)
 
         for kind in ("by hand", *kinds):
@@ -212,7 +210,7 @@ def measure_chunks(rounds: int) -> Iterator[dict[str, Any]]:
     engine = make_engine()
     for held in (False, True):
         contenders: dict[str, Callable[[], float]] = {"bare": lambda: time_chunks(stream)}
-        for kind, make in {"thread-local": scoped_session, "contextual": contextual_session}.items():
+        for kind, make in kinds.items():
             Session: Any = make(sessionmaker(engine))
             app = SessionMiddleware(make_stream_with_session(Session) if held else stream, Session)
             contenders[kind] = lambda app=app: time_chunks(app)  # type: ignore[misc]

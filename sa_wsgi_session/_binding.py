@@ -222,11 +222,8 @@ class Binder:
         frame = here.get()
         while frame is not None and frame is not unit.frame:
             other: Unit | None = frame.unit
-            if other is not None:
-                if other is unit.within:
-                    break  # a SAVEPOINT, unbound itself, in a unit that is bound
-                if other.binder.key is self.key and other.within is None:
-                    cover = other
+            if other is not None and other.binder.key is self.key and other.within is None:
+                cover = other
             frame = frame.outer
         return cover
 
@@ -370,6 +367,7 @@ def as_scoped_session(session: object, argument: str = "session") -> scoped_sess
     """*session* as a ``scoped_session``, or an error that names the argument."""
     refuse_async(session, argument)
     if isinstance(session, sessionmaker):
+        refuse_autocommit(session, argument)
         return contextual_session(session)
     if isinstance(session, scoped_session):
         refuse_async(session.session_factory, argument)

@@ -108,13 +108,14 @@ class session_scope:
         self._within = self._scope = None
         if within is not None:
             self._leave(within, error)
-        elif scope is not None:
-            if not scope._is_bound:
-                scope.bind()  # a generator's block, which outlives the unit around it
-            if error is None:
-                scope._end()
-            else:
-                scope._end_after_error()
+            return
+        assert scope is not None
+        if not scope._is_bound:
+            scope.bind()  # a generator's block, which outlives the unit around it
+        if error is None:
+            scope._end()
+        else:
+            scope._end_after_error()
 
     def _leave(self, within: SessionScope, error: BaseException | None) -> None:
         """Leave a unit that this block has joined; others end it, or have done so."""

@@ -352,8 +352,7 @@ class SessionScope(Watched):
                         self._check_commit(session)
                         savepoint.commit()
                     except BaseException:
-                        if _is_open(session, savepoint):
-                            self._roll_back_savepoint(session, savepoint)
+                        self._roll_back_savepoint(session, savepoint)
                         raise
         finally:
             self._state = State.ENDED
@@ -432,7 +431,9 @@ class SessionScope(Watched):
                     f"exception pass, call Session.rollback() where you handle it, or run "
                     f'that part with propagation="nested"'
                 ) from error
-        for connection in self._root.connections:
+        # SQLAlchemy 2.1.7 and later can tell also the connections of a session that was used where it is not bound.
+        connections = self._root.connections or getattr(session.get_transaction(), "connections", ())
+        for connection in connections:
             if is_aborted(connection):
                 raise RollbackOnlyError(
                     f"{self} cannot be committed: the database has aborted its transaction after "

@@ -22,7 +22,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import lru_cache, partial
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event
@@ -156,7 +156,8 @@ def _listen_to_dialect(dialect: Any) -> None:
 # inherited from a dead one.)
 _sessions: weakref.WeakSet[type[Session]] = weakref.WeakSet()
 _dialects: weakref.WeakSet[Any] = weakref.WeakSet()
-_lock = Lock()
+# Reentrant: the garbage collector may close a dropped body in the middle, whose application uses a session.
+_lock = RLock()
 
 
 def _listen_once(

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import declarative_base, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from sa_wsgi_session import contextual_session
+from sa_wsgi_session import NoActiveScope, contextual_session, current_scope
 
 Base: Any = declarative_base()
 
@@ -98,6 +98,7 @@ class Worlds:
         yield world
         assert world.checked_out == 0
         assert not world.Session.registry.has()
+        assert not is_in_a_scope()
         with world.engine.begin() as connection:
             connection.execute(sa.delete(Note))
         # Only now: where a test has failed, the next one gets another world.
@@ -119,6 +120,15 @@ class Worlds:
 
     def close(self) -> None:
         self._stack.close()
+
+
+def is_in_a_scope() -> bool:
+    """Whether any unit of work, of whatever session, is active here."""
+    try:
+        current_scope()
+    except NoActiveScope:
+        return False
+    return True
 
 
 def make_sqlite_transactional(engine: Engine) -> None:

@@ -108,8 +108,9 @@ def test_a_contextual_session_is_made_of_any_factory(make: Callable[[], Any]) ->
 
 def async_flavours() -> dict[str, Callable[[], Any]]:
     """What SQLAlchemy's extension for asyncio offers where it offers ``scoped_session`` and ``sessionmaker``."""
-    from sqlalchemy.ext import asyncio
+    import sqlalchemy.ext.asyncio
 
+    asyncio: Any = sqlalchemy.ext.asyncio
     flavours: dict[str, Callable[[], Any]] = {
         "sessionmaker of AsyncSession": lambda: sessionmaker(class_=asyncio.AsyncSession),
         "scoped_session of AsyncSession": lambda: scoped_session(sessionmaker(class_=asyncio.AsyncSession)),
@@ -124,7 +125,7 @@ def async_flavours() -> dict[str, Callable[[], Any]]:
     }
     if not SQLALCHEMY_14:
         flavours["async_sessionmaker"] = lambda: asyncio.async_sessionmaker()
-        flavours["scoped_session of async_sessionmaker"] = lambda: scoped_session(asyncio.async_sessionmaker())  # type: ignore[arg-type]
+        flavours["scoped_session of async_sessionmaker"] = lambda: scoped_session(asyncio.async_sessionmaker())
     return flavours
 
 
@@ -150,7 +151,7 @@ def test_a_session_of_asyncio_is_refused_with_the_reason(taker: str, flavour: st
 )
 def test_the_autocommit_mode_of_old_is_refused(taker: str, wrap: Any) -> None:
     """SQLAlchemy 2 has given it up: there, such a factory could make no session anyway."""
-    maker: Any = sessionmaker(engine, autocommit=True)  # type: ignore[call-overload]
+    maker: Any = sessionmaker(engine, autocommit=True)
     take, argument = TAKERS[taker]
     refused(ValueError, lambda: take(wrap(maker) if wrap else maker), argument, "autocommit=True", "leave")
 
@@ -216,8 +217,9 @@ def test_two_sessions_under_two_keys_and_one_session_twice_are_fine() -> None:
 
 
 def test_options_are_given_by_name() -> None:
+    make: Any = SessionMiddleware
     with pytest.raises(TypeError):
-        SessionMiddleware(app, Scoped, lambda *asked: False)  # type: ignore[misc]
+        make(app, Scoped, lambda *asked: False)
 
 
 def test_what_is_refused_is_refused_at_construction() -> None:
@@ -263,10 +265,10 @@ def test_what_is_decorated_takes_the_session() -> None:
     for function in (without, positional):
         refused(
             TypeError,
-            lambda function=function: with_session(Scoped)(function),
+            partial(with_session(Scoped), function),
             "session=",
             function.__name__,
-            "argument=",  # type: ignore[misc]
+            "argument=",
         )
     refused(TypeError, lambda: with_session(Scoped, argument="db")(job), "db=", "job")
 
@@ -283,6 +285,6 @@ def test_what_would_run_only_after_its_unit_of_work_is_not_decorated() -> None:
     for function in (coroutine, generator, both):
         refused(
             TypeError,
-            lambda function=function: with_session(Scoped)(function),  # type: ignore[misc]
+            partial(with_session(Scoped), function),
             function.__name__, "coroutine or generator", "session_scope()",
         )  # fmt: skip

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sa_wsgi_session import NoActiveScope, RollbackOnlyError, SessionMiddleware, current_scope
-from tests.support import REGISTRIES, Exchange, Note, World, Worlds, make_environ, request
+from tests.support import REGISTRIES, Exchange, Note, World, Worlds, is_in_a_scope, make_environ, request
 
 PLAIN = [("Content-Type", "text/plain")]
 PSYCOPG = ["postgresql+psycopg2", *([] if sa.__version__.startswith("1.4.") else ["postgresql+psycopg"])]
@@ -32,6 +32,13 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
 def world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
     """SQLite, with each kind of registry."""
     with worlds.use(request.getfixturevalue, "sqlite", request.param) as world:
+        yield world
+
+
+@pytest.fixture
+def one_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
+    """SQLite, with a contextual session: for what has little to do with the registry."""
+    with worlds.use(request.getfixturevalue, "sqlite", "contextual") as world:
         yield world
 
 
@@ -397,6 +404,30 @@ def test_a_generator_application_may_write_before_its_first_chunk(world: World) 
     assert world.durable() == ["after", "before"]
 
 
+def test_after_write_in_a_chunk_nothing_is_bound_between_the_chunks(world: World) -> None:
+    @writing(world)
+    def app(send: Any) -> Any:
+        def body() -> Any:
+            session = world.Session()
+            yield b"1"
+            send(b"2")
+            assert world.Session() is session
+            assert current_scope().session is session
+            write(world, "kept")
+            yield b"3"
+
+        return body()
+
+    exchange = Exchange(app)
+    for chunk in (b"1", b"3"):
+        assert exchange.next() == chunk
+        assert not is_in_a_scope()
+        assert not world.Session.registry.has()
+    exchange.read()
+    assert exchange.written == [b"2"]
+    assert world.durable() == ["kept"]
+
+
 def test_an_exception_after_write_rolls_back_what_came_after_it(world: World) -> None:
     failure = LookupError()
 
@@ -435,10 +466,10 @@ def test_a_commit_that_fails_in_write_reaches_the_server_before_any_status(any_w
 
 @pytest.mark.parametrize("data", ["text", 1, None, bytearray(b"x")], ids=repr)
 @pytest.mark.parametrize("swallow", [False, True], ids=["and passes", "and is swallowed"])
-def test_what_write_is_given_must_be_bytes(world: World, data: Any, swallow: bool) -> None:
-    @writing(world)
+def test_what_write_is_given_must_be_bytes(one_world: World, data: Any, swallow: bool) -> None:
+    @writing(one_world)
     def app(send: Any) -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         try:
             send(data)
         except TypeError:
@@ -448,7 +479,7 @@ def test_what_write_is_given_must_be_bytes(world: World, data: Any, swallow: boo
 
     refused = Refused(app, TypeError, rf"write\(\).*type {type(data).__name__}.*PEP 3333")
     assert refused.told == []
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
 def test_an_error_status_is_decided_before_the_first_byte_of_write(world: World) -> None:
@@ -583,14 +614,19 @@ def test_the_last_status_before_the_first_byte_decides(
     assert exchange.headers == [*PLAIN, ("X-Again", "yes")]
 
 
-def test_the_server_is_told_the_exc_info_of_the_last_status(world: World) -> None:
+def test_the_server_is_told_the_exc_info_of_the_last_status(one_world: World) -> None:
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", PLAIN)
         answer_again(start_response, "500 Oops")
         return [b"x"]
 
     told: list[Any] = []
-    SessionMiddleware(app, world.Session)(make_environ(), lambda *arguments: told.append(arguments))
+
+    def start_response(*arguments: Any) -> Any:
+        told.append(arguments)
+        return print
+
+    SessionMiddleware(app, one_world.Session)(make_environ(), start_response)
     ((status, _, exc_info),) = told
     assert status == "500 Oops"
     assert exc_info[0] is ZeroDivisionError
@@ -658,27 +694,29 @@ def test_a_status_after_the_start_but_before_the_first_byte_is_told_and_the_rest
 @pytest.mark.parametrize(
     "make_body", [lambda: [b"x"], lambda: iter([b"x"]), lambda: iter(())], ids=["list", "stream", "nothing"]
 )
-def test_an_application_that_never_calls_start_response_is_told_so(world: World, make_body: Any) -> None:
+def test_an_application_that_never_calls_start_response_is_told_so(one_world: World, make_body: Any) -> None:
     bodies: list[Body] = []
 
     def app(environ: Any, start_response: Any) -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         body = make_body()
         if isinstance(body, list):
             return body
         bodies.append(Body(body))
         return bodies[0]
 
-    refused = Refused(SessionMiddleware(app, world.Session), RuntimeError, "without calling start_response: PEP 3333")
+    refused = Refused(
+        SessionMiddleware(app, one_world.Session), RuntimeError, "without calling start_response: PEP 3333"
+    )
     assert refused.told == []
     assert [body.closed for body in bodies] == [1] * len(bodies)
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
 @pytest.mark.parametrize("swallow", [False, True], ids=["and passes", "and is swallowed"])
-def test_an_application_that_calls_start_response_twice_is_told_so(world: World, swallow: bool) -> None:
+def test_an_application_that_calls_start_response_twice_is_told_so(one_world: World, swallow: bool) -> None:
     def app(environ: Any, start_response: Any) -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         start_response("200 OK", PLAIN)
         try:
             start_response("200 OK", PLAIN)
@@ -687,28 +725,30 @@ def test_an_application_that_calls_start_response_twice_is_told_so(world: World,
                 raise
         return [b"x"]
 
-    refused = Refused(SessionMiddleware(app, world.Session), RuntimeError, "a second time without exc_info.*PEP 3333")
+    refused = Refused(
+        SessionMiddleware(app, one_world.Session), RuntimeError, "a second time without exc_info.*PEP 3333"
+    )
     assert refused.told == []
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
-def test_a_second_start_response_in_the_middle_of_the_body_is_an_error_too(world: World) -> None:
+def test_a_second_start_response_in_the_middle_of_the_body_is_an_error_too(one_world: World) -> None:
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", PLAIN)
         yield b"1"
-        write(world, "lost")
+        write(one_world, "lost")
         start_response("200 OK", PLAIN)
 
-    exchange = Exchange(SessionMiddleware(app, world.Session))
+    exchange = Exchange(SessionMiddleware(app, one_world.Session))
     assert exchange.next() == b"1"
     with pytest.raises(RuntimeError, match="a second time"):
         exchange.read()
     assert exchange.statuses == ["200 OK"]
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
 def test_an_application_that_calls_start_response_after_its_request_was_refused_is_told_what_is_wrong(
-    world: World,
+    one_world: World,
 ) -> None:
     kept: list[Any] = []
 
@@ -716,7 +756,7 @@ def test_an_application_that_calls_start_response_after_its_request_was_refused_
         kept.append(start_response)
         raise LookupError
 
-    Refused(SessionMiddleware(app, world.Session), LookupError)
+    Refused(SessionMiddleware(app, one_world.Session), LookupError)
     with pytest.raises(TypeError, match="PEP 3333"):
         kept[0](200, PLAIN)
 
@@ -727,9 +767,9 @@ MALFORMED += ["200 O\rK", "200 \x00", "20x OK", "²00 OK"]
 
 @pytest.mark.parametrize("swallow", [False, True], ids=["and passes", "and is swallowed"])
 @pytest.mark.parametrize("status", MALFORMED, ids=repr)
-def test_a_status_that_is_none_is_an_error_that_says_so(world: World, status: Any, swallow: bool) -> None:
+def test_a_status_that_is_none_is_an_error_that_says_so(one_world: World, status: Any, swallow: bool) -> None:
     def app(environ: Any, start_response: Any) -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         try:
             start_response(status, PLAIN)
         except (TypeError, ValueError):
@@ -739,55 +779,55 @@ def test_a_status_that_is_none_is_an_error_that_says_so(world: World, status: An
 
     body = Body([b"x"])
     error = ValueError if isinstance(status, str) else TypeError
-    refused = Refused(SessionMiddleware(app, world.Session), error, "status.*PEP 3333")
+    refused = Refused(SessionMiddleware(app, one_world.Session), error, "status.*PEP 3333")
     assert refused.told == []
     assert "\n" not in str(refused.error)
     assert "\r" not in str(refused.error)
     assert body.closed == swallow
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
 @pytest.mark.parametrize("status", ["200 OK", "200 Très bien", "404 ", '299 Fine: (really) / "so"', "599 x"])
-def test_a_status_that_is_one_is_forwarded_as_it_is(world: World, status: str) -> None:
-    assert request(serve(world, lambda: [b"x"], status)).status == status
+def test_a_status_that_is_one_is_forwarded_as_it_is(one_world: World, status: str) -> None:
+    assert request(serve(one_world, lambda: [b"x"], status)).status == status
 
 
-def test_an_error_page_for_a_status_that_was_none_is_an_ordinary_error_page(world: World) -> None:
+def test_an_error_page_for_a_status_that_was_none_is_an_ordinary_error_page(one_world: World) -> None:
     """A framework catches the error, as any of the application's, and answers with its page."""
 
     def app(environ: Any, start_response: Any) -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         try:
             start_response("nonsense", PLAIN)
         except ValueError:
             start_response("500 Internal Server Error", PLAIN, sys.exc_info())
         return [b"Oops"]
 
-    exchange = request(SessionMiddleware(app, world.Session))
+    exchange = request(SessionMiddleware(app, one_world.Session))
     assert (exchange.statuses, exchange.content) == (["500 Internal Server Error"], b"Oops")
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
-def test_no_success_follows_a_status_that_was_none(world: World) -> None:
+def test_no_success_follows_a_status_that_was_none(one_world: World) -> None:
     def app(environ: Any, start_response: Any) -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         try:
             start_response("nonsense", PLAIN)
         except ValueError:
             start_response("200 OK", PLAIN, sys.exc_info())
         return [b"all is well"]
 
-    Refused(SessionMiddleware(app, world.Session), ValueError, "nonsense")
-    assert world.durable() == []
+    Refused(SessionMiddleware(app, one_world.Session), ValueError, "nonsense")
+    assert one_world.durable() == []
 
 
 @pytest.mark.parametrize("body", ["list", "tuple", "stream", "with write"])
-def test_what_the_servers_start_response_raises_goes_on_and_the_request_is_ended(world: World, body: str) -> None:
+def test_what_the_servers_start_response_raises_goes_on_and_the_request_is_ended(one_world: World, body: str) -> None:
     failure = AssertionError("of the server")
     bodies: list[Body] = []
 
     def app(environ: Any, start_response: Any) -> Any:
-        world.Session()
+        one_world.Session()
         send = start_response("200 OK", PLAIN)
         if body == "with write":
             send(b"x")
@@ -795,18 +835,18 @@ def test_what_the_servers_start_response_raises_goes_on_and_the_request_is_ended
             return [b"x"]
         if body == "tuple":
             return (b"x",)
-        bodies.append(Body([b"x"], lambda: write(world, "too late")))
+        bodies.append(Body([b"x"], lambda: write(one_world, "too late")))
         return bodies[0]
 
     def start_response(status: str, headers: Any) -> Any:
         raise failure
 
     with pytest.raises(AssertionError) as raised:
-        SessionMiddleware(app, world.Session)(make_environ(), start_response)
+        SessionMiddleware(app, one_world.Session)(make_environ(), start_response)
     assert raised.value is failure
     assert [body.closed for body in bodies] == [1] * len(bodies)
-    assert world.checked_out == 0
-    assert world.durable() == []
+    assert one_world.checked_out == 0
+    assert one_world.durable() == []
 
 
 # -- bodies that are none ---------------------------------------------------------------------------------------------
@@ -817,15 +857,15 @@ def test_what_the_servers_start_response_raises_goes_on_and_the_request_is_ended
     ["text", b"bytes", bytearray(b"bytes"), None, 1, object(), ["text"], [b"bytes", "text"], ("text",)],
     ids=lambda body: "object" if type(body) is object else repr(body),
 )
-def test_a_body_that_is_none_is_an_error_that_says_so(world: World, body: Any) -> None:
+def test_a_body_that_is_none_is_an_error_that_says_so(one_world: World, body: Any) -> None:
     def view() -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         return body
 
     wrong = "str" if isinstance(body, (list, tuple)) else type(body).__name__
-    refused = Refused(serve(world, view), TypeError, f"body.*type {wrong}: PEP 3333")
+    refused = Refused(serve(one_world, view), TypeError, f"body.*type {wrong}: PEP 3333")
     assert refused.told == []
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -849,22 +889,22 @@ def test_a_chunk_of_str_in_a_stream_breaks_it_off(world: World, position: int) -
     assert world.durable() == []
 
 
-def test_a_generator_application_whose_first_chunk_is_str_has_sent_no_status(world: World) -> None:
+def test_a_generator_application_whose_first_chunk_is_str_has_sent_no_status(one_world: World) -> None:
     def app(environ: Any, start_response: Any) -> Any:
-        write(world, "lost")
+        write(one_world, "lost")
         start_response("200 OK", PLAIN)
         yield "text"
 
-    refused = Refused(SessionMiddleware(app, world.Session), TypeError, "type str: PEP 3333")
+    refused = Refused(SessionMiddleware(app, one_world.Session), TypeError, "type str: PEP 3333")
     assert refused.told == []
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
 @pytest.mark.parametrize("status", ["200 OK", None])
-def test_a_body_whose_iteration_fails_at_once_is_closed(world: World, status: str | None) -> None:
+def test_a_body_whose_iteration_fails_at_once_is_closed(one_world: World, status: str | None) -> None:
     class Broken(Body):
         def __iter__(self) -> Iterator[bytes]:
-            write(world, "lost")
+            write(one_world, "lost")
             raise failure
 
     def app(environ: Any, start_response: Any) -> Any:
@@ -873,11 +913,11 @@ def test_a_body_whose_iteration_fails_at_once_is_closed(world: World, status: st
         return body
 
     failure, body = LookupError(), Broken([])
-    refused = Refused(SessionMiddleware(app, world.Session), LookupError)
+    refused = Refused(SessionMiddleware(app, one_world.Session), LookupError)
     assert refused.error is failure
     assert refused.told == []
     assert body.closed == 1
-    assert world.durable() == []
+    assert one_world.durable() == []
 
 
 # -- exceptions of any kind -------------------------------------------------------------------------------------------
@@ -1010,13 +1050,13 @@ def test_an_exception_of_the_veto_goes_on_and_all_is_rolled_back(world: World) -
     assert world.durable() == []
 
 
-def test_an_exception_of_the_hook_goes_on(world: World) -> None:
+def test_an_exception_of_the_hook_goes_on(one_world: World) -> None:
     failure = LookupError()
 
     def hook(environ: Any) -> bool:
         raise failure
 
-    assert Refused(serve(world, lambda: [b"x"], activate_hook=hook), LookupError).error is failure
+    assert Refused(serve(one_world, lambda: [b"x"], activate_hook=hook), LookupError).error is failure
 
 
 # -- rollbacks and closes that fail themselves ------------------------------------------------------------------------
@@ -1199,9 +1239,9 @@ class Hopeless(Stubborn):
 
 
 def test_where_even_discarding_the_connection_fails_the_first_exception_stays(
-    world: World, log: pytest.LogCaptureFixture
+    one_world: World, log: pytest.LogCaptureFixture
 ) -> None:
-    session = scoped_session(sessionmaker(world.engine, class_=Hopeless))
+    session = scoped_session(sessionmaker(one_world.engine, class_=Hopeless))
     failure = ValueError("the first")
 
     def view() -> Any:
@@ -1212,7 +1252,7 @@ def test_where_even_discarding_the_connection_fails_the_first_exception_stays(
 
     assert Refused(SessionMiddleware(respond(view), session), ValueError).error is failure
     assert len(warnings_of(log)) == 2
-    assert world.checked_out == 0
+    assert one_world.checked_out == 0
 
 
 # -- bodies that are dropped ------------------------------------------------------------------------------------------
@@ -1276,38 +1316,38 @@ def test_a_body_that_is_dropped_while_another_request_runs_leaves_that_alone(wor
     assert world.durable() == ["by the other one"]
 
 
-def test_what_fails_in_a_body_that_is_dropped_is_logged(world: World, log: pytest.LogCaptureFixture) -> None:
+def test_what_fails_in_a_body_that_is_dropped_is_logged(one_world: World, log: pytest.LogCaptureFixture) -> None:
     def close() -> None:
-        world.Session.add(Note(text="lost"))
+        one_world.Session.add(Note(text="lost"))
         raise LookupError(SECRET)
 
-    exchanges = [Exchange(serve(world, lambda: Body([b"x"], close)), make_environ("/dropped"))]
+    exchanges = [Exchange(serve(one_world, lambda: Body([b"x"], close)), make_environ("/dropped"))]
     with pytest.warns(ResourceWarning, match="GET /dropped"):
         drop(exchanges)
     (warning,) = warnings_of(log)
     assert "GET /dropped" in warning
     assert "LookupError" in warning
     assert SECRET not in log.text
-    assert world.checked_out == 0
-    assert world.durable() == []
+    assert one_world.checked_out == 0
+    assert one_world.durable() == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_body_that_is_dropped_is_closed_also_where_warnings_are_errors(world: World) -> None:
-    body = Body(iter([b"x"]), lambda: write(world, "lost"))
-    drop([Exchange(serve(world, lambda: body))])
+def test_a_body_that_is_dropped_is_closed_also_where_warnings_are_errors(one_world: World) -> None:
+    body = Body(iter([b"x"]), lambda: write(one_world, "lost"))
+    drop([Exchange(serve(one_world, lambda: body))])
     assert body.closed == 1
-    assert world.checked_out == 0
+    assert one_world.checked_out == 0
 
 
-def test_a_stream_that_never_reached_the_server_does_not_warn(world: World, recwarn: Any) -> None:
+def test_a_stream_that_never_reached_the_server_does_not_warn(one_world: World, recwarn: Any) -> None:
     def view() -> Any:
         return iter([b"x"])
 
     def veto(environ: Any, status: str, headers: Any) -> bool:
         raise LookupError
 
-    Refused(serve(world, view, commit_veto=veto), LookupError)
+    Refused(serve(one_world, view, commit_veto=veto), LookupError)
     gc.collect()
     assert [warning for warning in recwarn if warning.category is ResourceWarning] == []
 
@@ -1557,24 +1597,26 @@ def test_what_belongs_to_everyday_life_is_no_warning(world: World, log: pytest.L
     ],
 )
 def test_what_a_client_may_choose_is_quoted_in_the_log(
-    world: World, log: pytest.LogCaptureFixture, method: str, path: str, name: str
+    one_world: World, log: pytest.LogCaptureFixture, method: str, path: str, name: str
 ) -> None:
-    request(serve(world, lambda: [b"x"]), path, method)
+    request(serve(one_world, lambda: [b"x"]), path, method)
     (record,) = log.records
     assert record.getMessage().startswith(f"{name}: ")
     assert record.getMessage().isprintable()
 
 
-def test_a_path_without_end_does_not_fill_the_log(world: World, log: pytest.LogCaptureFixture) -> None:
-    request(serve(world, lambda: [b"x"]), "/" + "\n" * 100_000, "M" * 100_000)
+def test_a_path_without_end_does_not_fill_the_log(one_world: World, log: pytest.LogCaptureFixture) -> None:
+    request(serve(one_world, lambda: [b"x"]), "/" + "\n" * 100_000, "M" * 100_000)
     (record,) = log.records
     assert len(record.getMessage()) < 1000
 
 
-def test_an_environ_without_path_or_method_is_served_all_the_same(world: World, log: pytest.LogCaptureFixture) -> None:
+def test_an_environ_without_path_or_method_is_served_all_the_same(
+    one_world: World, log: pytest.LogCaptureFixture
+) -> None:
     environ = make_environ()
     del environ["PATH_INFO"], environ["REQUEST_METHOD"]
-    assert Exchange(serve(world, lambda: [b"x"]), environ).read() == b"x"
+    assert Exchange(serve(one_world, lambda: [b"x"]), environ).read() == b"x"
     assert len(log.records) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import threading
@@ -1379,3 +1380,38 @@ def test_a_joined_part_that_fails_is_over_even_if_no_session_can_be_made_any_mor
         assert "IndexError" in caplog.text
         assert world.durable() == []
         assert world.checked_out == 0
+
+
+# -- blocks that lose their place -------------------------------------------------------------------------------------
+
+
+def block_of_a_generator(session: Any, text: str) -> Iterator[None]:
+    with session_scope(session, propagation="requires_new") as own:
+        own.add(Note(text=f"{text} before"))
+        own.commit()  # so that SQLite lets others write meanwhile
+        yield
+        own.add(Note(text=f"{text} after"))
+
+
+@in_each_registry
+def test_a_block_that_a_generator_keeps_open_outlives_the_block_around_it(world: World) -> None:
+    generator = block_of_a_generator(world.Session, "inner")
+    with session_scope(world.Session) as session:
+        next(generator)
+        session.add(Note(text="outer"))
+    assert not world.Session.registry.has()
+    assert world.durable() == ["inner before", "outer"]
+    assert list(generator) == []
+    assert world.durable() == ["inner after", "inner before", "outer"]
+
+
+@in_each_registry
+def test_a_block_may_end_in_another_context_than_it_began_in(world: World) -> None:
+    block = session_scope(world.Session)
+    session = block.__enter__()
+    with session_scope(world.Session, propagation="nested"):
+        session.add(Note(text="kept"))
+    contextvars.Context().run(block.__exit__, None, None, None)
+    assert world.durable() == ["kept"]
+    with pytest.raises(NoActiveScope):
+        current_scope()
