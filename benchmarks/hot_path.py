@@ -3,9 +3,8 @@
     python benchmarks/hot_path.py [--rounds 60] [--json FILE]
 
 Everything runs in this one process, on SQLite in memory, in short rounds that alternate between the contenders, and is
-measured in seconds of processor time of the thread, so that
-whatever else the machine does hits all of them alike.  What counts are the ratios; each is the median over the rounds,
-with the quartiles beside it.
+measured in seconds of processor time of the thread, so that whatever else the machine does hits all of them alike.
+What counts are the ratios; each is the median over the rounds, with the quartiles beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +24,9 @@ from sqlalchemy.orm import declarative_base, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
 from sa_wsgi_session import SessionMiddleware, contextual_session
+
+#: What makes a scoped session, by the kind of registry that it has.
+KINDS: dict[str, Any] = {"thread-local": scoped_session, "contextual": contextual_session}
 
 Environ = dict[str, Any]
 Application = Callable[[Environ, Any], Iterable[bytes]]
@@ -173,7 +175,6 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def measure_requests(rounds: int) -> Iterator[dict[str, Any]]:
-    kinds: dict[str, Any] = {"thread-local": scoped_session, "contextual": contextual_session}
     for case, requests in {
         "no session": 400,
         "session only": 150,
@@ -186,14 +187,14 @@ def measure_requests(rounds: int) -> Iterator[dict[str, Any]]:
         def add(name: str, app: Application, contenders: dict[str, Any] = contenders, requests: int = requests) -> None:
             contenders[name] = lambda: time_requests(app, requests)
 
-        for kind in ("by hand", *kinds):
+        for kind in ("by hand", *KINDS):
             engine = make_engine()
             engines.append(engine)
-            Session = kinds.get(kind, scoped_session)(sessionmaker(engine))
+            Session = KINDS.get(kind, scoped_session)(sessionmaker(engine))
             app = make_applications(Session)[case]
             add(kind, by_hand(app, Session) if kind == "by hand" else SessionMiddleware(app, Session))
         times = alternate(contenders, rounds)
-        for kind in kinds:
+        for kind in KINDS:
             ratios = [ours / theirs for ours, theirs in zip(times[kind], times["by hand"], strict=True)]
             yield {
                 "case": case,
@@ -210,12 +211,12 @@ def measure_chunks(rounds: int) -> Iterator[dict[str, Any]]:
     engine = make_engine()
     for held in (False, True):
         contenders: dict[str, Callable[[], float]] = {"bare": lambda: time_chunks(stream)}
-        for kind, make in kinds.items():
+        for kind, make in KINDS.items():
             Session: Any = make(sessionmaker(engine))
             app = SessionMiddleware(make_stream_with_session(Session) if held else stream, Session)
             contenders[kind] = lambda app=app: time_chunks(app)  # type: ignore[misc]
         times = alternate(contenders, rounds)
-        for kind in ("thread-local", "contextual"):
+        for kind in KINDS:
             extra = [(ours - bare) * 1e9 for ours, bare in zip(times[kind], times["bare"], strict=True)]
             yield {
                 "case": "chunk, a session in use" if held else "chunk, no session",

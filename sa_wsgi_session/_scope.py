@@ -31,7 +31,7 @@ This file knows SQLAlchemy.  It does not know HTTP: a request is a name to log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, cast
@@ -45,6 +45,7 @@ from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_e
 from ._watching import Watched, is_aborted
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
     from sqlalchemy.orm import SessionTransaction
 
     from ._binding import SessionSource
@@ -432,8 +433,8 @@ class SessionScope(Watched):
                     f'that part with propagation="nested"'
                 ) from error
         # SQLAlchemy 2.1.7 and later can tell also the connections of a session that was used where it is not bound.
-        connections = self._root.connections or getattr(session.get_transaction(), "connections", ())
-        for connection in connections:
+        connections: Iterable[Connection] = getattr(session.get_transaction(), "connections", ())
+        for connection in self._root.connections or connections:
             if is_aborted(connection):
                 raise RollbackOnlyError(
                     f"{self} cannot be committed: the database has aborted its transaction after "
