@@ -54,7 +54,7 @@ class Unit:
     #: The session that the registry held before this unit was bound.
     set_aside: Session | None
     #: The frame in which the unit is bound; what it says is stale while the unit is unbound.
-    frame: Frame | None
+    frame: Frame
 
     def bind(self) -> None:
         """Bind the unit here."""
@@ -90,6 +90,9 @@ class Frame:
             outer.covered = True
         self.thread = get_ident()
 
+
+#: Where a unit is that was never bound.
+NOWHERE = Frame(None, None)
 
 here: ContextVar[Frame | None] = ContextVar("sa_wsgi_session", default=None)
 
@@ -170,7 +173,6 @@ class Binder:
     def unnest(self, unit: Unit) -> None:
         """Undo :meth:`nest`."""
         frame = unit.frame
-        assert frame is not None
         frame.unit = None
         if here.get() is frame:
             here.set(frame.outer)

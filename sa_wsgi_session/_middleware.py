@@ -21,6 +21,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 from ._binding import (
+    NOWHERE,
     ContextBinder,
     Frame,
     ThreadBinder,
@@ -492,7 +493,7 @@ class _Stream:
         local = binder.local if isinstance(binder, ThreadBinder) else None
         direct = local is not None or isinstance(binder, ContextBinder)
         # Where the last chunk was bound, and for a thread-local registry the values of that thread.
-        frame: Frame | None = None
+        frame = NOWHERE
         values: dict[str, Any] = {}
         get_here = here.get
         advance = self._iterator.__next__
@@ -501,7 +502,7 @@ class _Stream:
             yield first
         while not self._closed:
             if direct:
-                if frame is not None and get_here() is frame and (local is None or get_ident() == frame.thread):
+                if get_here() is frame and (local is None or get_ident() == frame.thread):
                     frame.unit = scope
                 else:
                     # The first chunk, or the first one in this thread or context.
@@ -517,7 +518,7 @@ class _Stream:
                         values["value"] = scope.held
             else:
                 scope.bind()
-                frame = cast(Frame, scope.frame)
+                frame = scope.frame
             if self.inside:
                 rewind(self.inside)
             try:
@@ -535,7 +536,7 @@ class _Stream:
             if self._closed:  # by another thread, in the meantime
                 self._finish(frame)  # type: ignore[unreachable]
                 return
-            frame = cast(Frame, scope.frame)  # another one, if the application has called write()
+            frame = scope.frame  # another one, if the application has called write()
             if frame.covered:
                 self.inside = unwind(frame)
             if direct:

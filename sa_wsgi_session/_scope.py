@@ -39,7 +39,7 @@ from urllib.parse import quote
 
 from sqlalchemy.orm import Session
 
-from ._binding import Binder, Unit, binder_of, innermost, is_here, unwind
+from ._binding import NOWHERE, Binder, Unit, binder_of, innermost, is_here, unwind
 from ._callbacks import Callbacks
 from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
 from ._watching import Watched, is_aborted
@@ -101,7 +101,7 @@ class SessionScope(Watched):
         self.within = within
         self.held = None
         self.set_aside = None
-        self.frame = None
+        self.frame = NOWHERE
         self.connections = []
         self.watching = False
         self.watch = None
@@ -206,11 +206,10 @@ class SessionScope(Watched):
 
     @property
     def _is_bound(self) -> bool:
-        return self.frame is not None and self.frame.unit is self
+        return self.frame.unit is self
 
     def _unwind(self) -> list[Unit]:
         """Unbind what code has left open within this unit, which is bound; see :func:`unwind`."""
-        assert self.frame is not None
         return unwind(self.frame) if self.frame.covered else []
 
     def _refuse(self) -> None:
