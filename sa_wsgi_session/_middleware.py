@@ -209,7 +209,7 @@ class SessionMiddleware:
                 # No code of the application can run any more.
                 scope._end()
             else:
-                if response.write_to is None:
+                if not response.forwarded:
                     scope._settle(streams=True)
                 stream.inside = scope._unwind()
                 scope.unbind()
@@ -295,8 +295,9 @@ class _Response:
         "_scope",
         "_start_response",
         "_veto",
+        "_write",
+        "forwarded",
         "status",
-        "write_to",
     )
 
     def __init__(self, scope: SessionScope, veto: CommitVeto, environ: Environ, start_response: StartResponse) -> None:
@@ -312,8 +313,10 @@ class _Response:
         self._keeps_errors = True
         #: Whether it has answered that with a status since (its own error page).
         self._answered = False
-        #: The server's own ``write``, once the status was forwarded.
-        self.write_to: Callable[[bytes], object] | None = None
+        #: Whether the status was forwarded to the server.
+        self.forwarded = False
+        #: The server's own ``write`` from then on.  (Some servers return ``None`` instead, as long as nobody asks.)
+        self._write: Callable[[bytes], object] | None = None
 
     def start(self, status: str, headers: Headers, exc_info: Any = None) -> Callable[[bytes], object]:
         """The ``start_response`` that the application is given."""
@@ -324,15 +327,15 @@ class _Response:
                     "calls a fatal error (The start_response() Callable)"
                 )
             _check_status(status)
-            if self.write_to is not None:
+            if self.forwarded:
                 # The server refuses by raising exc_info if the first byte has left.
                 self._scope._refuse()
-                self.write_to = self._start_response(status, headers, exc_info)
+                self._write = self._start_response(status, headers, exc_info)
             else:
                 self.status, self._headers, self._exc_info = status, headers, exc_info
                 self._answered = self._error is not None
         except BaseException as error:
-            if self.write_to is not None:
+            if self.forwarded:
                 self._scope._refuse()
             elif self._keeps_errors:
                 self._error = error
@@ -350,7 +353,7 @@ class _Response:
                 "the application has returned its body without calling start_response: PEP 3333 "
                 "demands that it is called before the first chunk (The start_response() Callable)"
             )
-        if self.write_to is None and self._veto(self._environ, self.status, self._headers):
+        if not self.forwarded and self._veto(self._environ, self.status, self._headers):
             self._scope._refuse()
         else:
             self._raise_error()
@@ -370,16 +373,25 @@ class _Response:
 
     def forward(self) -> None:
         """Tell the server, which may tell the client from now on."""
-        if self.write_to is None:
+        if not self.forwarded:
             exc_info, self._exc_info = self._exc_info, None
             assert self.status is not None
             if exc_info is None:
-                self.write_to = self._start_response(self.status, self._headers)
+                self._write = self._start_response(self.status, self._headers)
             else:
                 try:
-                    self.write_to = self._start_response(self.status, self._headers, exc_info)
+                    self._write = self._start_response(self.status, self._headers, exc_info)
                 finally:
                     exc_info = None
+            self.forwarded = True
+
+    def _write_to_server(self, data: bytes) -> None:
+        if self._write is None:
+            raise RuntimeError(
+                "write() cannot be forwarded: the server's start_response has returned None, where PEP 3333 demands a "
+                "write(body_data) callable (The write() Callable)"
+            )
+        self._write(data)
 
     def write(self, data: bytes) -> None:
         """The legacy ``write`` that the application is given: settles before the first byte."""
@@ -392,24 +404,23 @@ class _Response:
                 )
             if not scope._is_bound:
                 # The server, or whoever was handed write(), calls it between our calls.
-                if self.write_to is None:
+                if not self.forwarded:
                     raise RuntimeError(
                         "write() was called before the application had returned, but outside of "
                         "its call: PEP 3333 demands the contrary (The write() Callable)"
                     )
-                self.write_to(data)
+                self._write_to_server(data)
                 return
             inside = scope._unwind()
             try:
-                if self.write_to is None:
+                if not self.forwarded:
                     self.decide()
                     scope._settle(streams=True)
                 scope.unbind()
                 try:
                     scope._run_callbacks()
                     self.forward()
-                    assert self.write_to is not None
-                    self.write_to(data)
+                    self._write_to_server(data)
                 finally:
                     scope.bind()
             finally:

@@ -1646,3 +1646,45 @@ def test_an_error_of_the_driver_is_named_by_its_type(any_world: World, log: pyte
     (warning,) = warnings_of(log)
     assert "sqlalchemy.exc." in warning
     assert " from " in warning
+
+
+# -- servers that take liberties --------------------------------------------------------------------------------------
+
+
+def start_nothing(told: list[str]) -> Any:
+    """The ``start_response`` of many a test client: it returns ``None`` instead of a ``write()``."""
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> None:
+        told.append(status)
+
+    return start_response
+
+
+def test_a_server_without_write_is_told_of_a_later_status_and_keeps_nothing_of_the_rest(world: World) -> None:
+    def body(start_response: Any) -> Iterator[bytes]:
+        yield b""
+        world.Session.add(Note(text="the rest"))
+        try:
+            raise ValueError
+        except ValueError:
+            start_response("500 Oops", PLAIN, sys.exc_info())
+        yield b"sorry"
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", PLAIN)
+        return body(start_response)
+
+    told: list[str] = []
+    with closing(SessionMiddleware(app, world.Session)(make_environ(), start_nothing(told))) as stream:  # type: ignore[type-var]
+        assert list(stream) == [b"", b"sorry"]
+    assert told == ["200 OK", "500 Oops"]
+    assert world.durable() == []
+
+
+def test_a_server_without_write_is_named_when_the_application_writes(world: World) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", PLAIN)(b"written")
+        return []
+
+    with pytest.raises(RuntimeError, match="start_response has returned None, where PEP 3333 demands"):
+        SessionMiddleware(app, world.Session)(make_environ(), start_nothing([]))
