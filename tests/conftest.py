@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from tests.servers import (
     run_mariadb,
     run_postgresql,
 )
+from tests.support import World, Worlds
 
 SQLALCHEMY_14 = sqlalchemy.__version__.startswith("1.4.")
 
@@ -92,6 +94,21 @@ def database_url(request: pytest.FixtureRequest) -> URL:
     url = request.getfixturevalue(f"{request.param}_url")
     assert isinstance(url, URL)
     return url
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest, sqlite_url: URL) -> Iterator[World]:
+    """An SQLite database, and a thread-local session or that of ``in_each_registry``; nothing may be left over."""
+    with closing(World(sqlite_url, getattr(request, "param", "thread-local"))) as world:
+        yield world
+        assert world.checked_out == 0
+        assert not world.Session.registry.has()
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
+    with closing(Worlds(tmp_path_factory.mktemp("worlds"))) as worlds:
+        yield worlds
 
 
 # -- servers and browsers ---------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import declarative_base, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from sa_wsgi_session import NoActiveScope, contextual_session, current_scope
+from sa_wsgi_session import NoActiveScope, SessionMiddleware, contextual_session, current_scope
 
 Base: Any = declarative_base()
 
@@ -29,6 +30,14 @@ class Note(Base):
 
 #: Both kinds of registry that the package binds without moving more than it has to, and any other.
 REGISTRIES = ("thread-local", "contextual", "custom")
+
+
+#: Runs a test with a world of each of them, where that can make a difference.
+in_each_registry = pytest.mark.parametrize("world", REGISTRIES, indirect=True)
+
+
+def note(text: str) -> Note:
+    return Note(text=text)
 
 
 def make_session(registry: str, factory: Any) -> Any:
@@ -229,3 +238,21 @@ def request(app: Any, path: str = "/", method: str = "GET", **more: Any) -> Exch
     exchange = Exchange(app, make_environ(path, method, **more))
     exchange.content = exchange.read()
     return exchange
+
+
+PLAIN = [("Content-Type", "text/plain")]
+
+
+def respond(view: Callable[[], Any], status: str = "200 OK") -> Any:
+    """The application whose every response has this status, and the body that *view* returns."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        body = view()
+        start_response(status, PLAIN)
+        return body
+
+    return app
+
+
+def serve(world: World, view: Callable[[], Any], status: str = "200 OK", **options: Any) -> SessionMiddleware:
+    return SessionMiddleware(respond(view, status), world.Session, **options)

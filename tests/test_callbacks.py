@@ -25,22 +25,11 @@ from sa_wsgi_session import (
     session_scope,
 )
 from tests.conftest import SQLALCHEMY_14
-from tests.support import REGISTRIES, Exchange, Note, World, request
+from tests.support import Exchange, Note, World, in_each_registry, note, request
 
 
 class Failure(Exception):
     """What goes wrong in these tests."""
-
-
-@pytest.fixture
-def world(request: pytest.FixtureRequest, sqlite_url: URL) -> Iterator[World]:
-    with closing(World(sqlite_url, getattr(request, "param", "thread-local"))) as world:
-        yield world
-        assert world.checked_out == 0
-        assert not world.Session.registry.has()
-
-
-in_each_registry = pytest.mark.parametrize("world", REGISTRIES, indirect=True)
 
 
 class Diary:
@@ -62,10 +51,6 @@ class Diary:
 @pytest.fixture
 def diary() -> Diary:
     return Diary()
-
-
-def note(text: str) -> Note:
-    return Note(text=text)
 
 
 def write(session: Any, text: str) -> None:

@@ -16,16 +16,21 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sa_wsgi_session import NoActiveScope, RollbackOnlyError, SessionMiddleware, current_scope
-from tests.support import REGISTRIES, Exchange, Note, World, Worlds, is_in_a_scope, make_environ, request
+from tests.support import (
+    PLAIN,
+    REGISTRIES,
+    Exchange,
+    Note,
+    World,
+    Worlds,
+    is_in_a_scope,
+    make_environ,
+    request,
+    respond,
+    serve,
+)
 
-PLAIN = [("Content-Type", "text/plain")]
 PSYCOPG = ["postgresql+psycopg2", *([] if sa.__version__.startswith("1.4.") else ["postgresql+psycopg"])]
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    with closing(Worlds(tmp_path_factory.mktemp("worlds"))) as worlds:
-        yield worlds
 
 
 @pytest.fixture(params=REGISTRIES)
@@ -65,21 +70,6 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 def warnings_of(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
-
-
-def respond(view: Callable[[], Any], status: str = "200 OK") -> Any:
-    """The application whose every response has this status, and the body that *view* returns."""
-
-    def app(environ: Any, start_response: Any) -> Any:
-        body = view()
-        start_response(status, PLAIN)
-        return body
-
-    return app
-
-
-def serve(world: World, view: Callable[[], Any], status: str = "200 OK", **options: Any) -> SessionMiddleware:
-    return SessionMiddleware(respond(view, status), world.Session, **options)
 
 
 def write(world: World, text: str) -> None:

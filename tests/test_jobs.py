@@ -27,7 +27,7 @@ from sa_wsgi_session import (
     with_session,
 )
 from tests.conftest import SQLALCHEMY_14
-from tests.support import REGISTRIES, Exchange, Note, World, request
+from tests.support import REGISTRIES, Exchange, Note, World, in_each_registry, note, request
 
 PROPAGATIONS = ("required", "nested", "requires_new")
 
@@ -37,17 +37,6 @@ FUTURES: list[dict[str, Any]] = [{}, {"future": True}] if SQLALCHEMY_14 else [{}
 
 class Failure(Exception):
     """What goes wrong in these tests."""
-
-
-@pytest.fixture
-def world(request: pytest.FixtureRequest, sqlite_url: URL) -> Iterator[World]:
-    with closing(World(sqlite_url, getattr(request, "param", "thread-local"))) as world:
-        yield world
-        assert world.checked_out == 0
-        assert not world.Session.registry.has()
-
-
-in_each_registry = pytest.mark.parametrize("world", REGISTRIES, indirect=True)
 
 
 @pytest.fixture
@@ -67,10 +56,6 @@ def world_on_each_database(database_url: URL) -> Iterator[World]:
 
 #: Where no database is asked.
 FACTORY = sessionmaker()
-
-
-def note(text: str) -> Note:
-    return Note(text=text)
 
 
 def write(session: Any, text: str) -> None:

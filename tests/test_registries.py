@@ -31,7 +31,7 @@ from sa_wsgi_session import (
     session_scope,
 )
 from tests.conftest import SQLALCHEMY_14
-from tests.support import REGISTRIES, Exchange, Note, World, make_environ, request
+from tests.support import REGISTRIES, Exchange, Note, World, make_environ, note, request
 
 
 class Failure(Exception):
@@ -52,10 +52,6 @@ def contextual(sqlite_url: URL) -> Iterator[World]:
         yield world
         assert world.checked_out == 0
         assert not world.Session.registry.has()
-
-
-def note(text: str) -> Note:
-    return Note(text=text)
 
 
 def write(session: Any, text: str) -> None:

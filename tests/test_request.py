@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 from wsgiref.util import FileWrapper
@@ -32,18 +32,22 @@ from sa_wsgi_session import (
     default_commit_veto,
     session_scope,
 )
-from tests.support import REGISTRIES, Exchange, Note, World, Worlds, make_environ, make_session, request
-
-PLAIN = [("Content-Type", "text/plain")]
+from tests.support import (
+    PLAIN,
+    REGISTRIES,
+    Exchange,
+    Note,
+    World,
+    Worlds,
+    make_environ,
+    make_session,
+    request,
+    respond,
+    serve,
+)
 
 # What psycopg says where an application lets go of an open cursor of the server, as some of these do.
 pytestmark = pytest.mark.filterwarnings("ignore:<psycopg.ServerCursor:ResourceWarning")
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    with closing(Worlds(tmp_path_factory.mktemp("worlds"))) as worlds:
-        yield worlds
 
 
 @pytest.fixture(params=REGISTRIES)
@@ -76,21 +80,6 @@ def any_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]
 def postgresql_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
     with worlds.use(request.getfixturevalue, "postgresql", "thread-local") as world:
         yield world
-
-
-def respond(view: Callable[[], Any], status: str = "200 OK") -> Any:
-    """The application whose every response has this status, and the body that *view* returns."""
-
-    def app(environ: Any, start_response: Any) -> Any:
-        body = view()
-        start_response(status, PLAIN)
-        return body
-
-    return app
-
-
-def serve(world: World, view: Callable[[], Any], status: str = "200 OK", **options: Any) -> SessionMiddleware:
-    return SessionMiddleware(respond(view, status), world.Session, **options)
 
 
 def add(world: World, text: str) -> None:

@@ -27,22 +27,11 @@ from sa_wsgi_session import (
     with_session,
 )
 from tests.servers import DatabaseServer
-from tests.support import REGISTRIES, Exchange, Note, World, make_environ, request
+from tests.support import Exchange, Note, World, in_each_registry, make_environ, note, request
 
 
 class Failure(Exception):
     """What goes wrong in these tests."""
-
-
-@pytest.fixture
-def world(request: pytest.FixtureRequest, sqlite_url: URL) -> Iterator[World]:
-    with closing(World(sqlite_url, getattr(request, "param", "thread-local"))) as world:
-        yield world
-        assert world.checked_out == 0
-        assert not world.Session.registry.has()
-
-
-in_each_registry = pytest.mark.parametrize("world", REGISTRIES, indirect=True)
 
 
 @pytest.fixture
@@ -52,10 +41,6 @@ def other(tmp_path: Path) -> Iterator[World]:
         yield other
         assert other.checked_out == 0
         assert not other.Session.registry.has()
-
-
-def note(text: str) -> Note:
-    return Note(text=text)
 
 
 def write(session: Any, text: str) -> None:

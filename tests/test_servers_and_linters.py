@@ -39,12 +39,6 @@ PLAIN = [("Content-Type", "text/plain")]
 SECONDS = 30
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    with closing(Worlds(tmp_path_factory.mktemp("worlds"))) as worlds:
-        yield worlds
-
-
 @pytest.fixture
 def world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
     """SQLite, with a thread-local session."""
