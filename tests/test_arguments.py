@@ -101,9 +101,11 @@ def test_a_contextual_session_is_made_of_a_factory(value: Any, shown: str) -> No
     refused(TypeError, lambda: contextual_session(value), "factory", "sessionmaker", "callable", "not", shown)
 
 
-@pytest.mark.parametrize("make", [lambda: Maker, lambda: partial(Session, engine), lambda: Session], ids=repr)
-def test_a_contextual_session_is_made_of_any_factory(make: Callable[[], Any]) -> None:
-    assert isinstance(contextual_session(make()), scoped_session)
+@pytest.mark.parametrize(
+    "factory", [Maker, partial(Session, engine), Session], ids=["sessionmaker", "partial", "class"]
+)
+def test_a_contextual_session_is_made_of_any_factory(factory: Any) -> None:
+    assert isinstance(contextual_session(factory), scoped_session)
 
 
 def async_flavours() -> dict[str, Callable[[], Any]]:

@@ -292,8 +292,11 @@ def writing(world: World, **options: Any) -> Callable[[Any], SessionMiddleware]:
     return decorate
 
 
-@pytest.mark.parametrize("rest", [[], (), [b"3"], iter(())], ids=repr)
-def test_what_was_done_before_write_is_durable_before_its_first_byte_leaves(any_world: World, rest: Any) -> None:
+@pytest.mark.parametrize("streams", [False, True], ids=["returned", "streamed"])
+@pytest.mark.parametrize("rest", [[], (), [b"3"]], ids=repr)
+def test_what_was_done_before_write_is_durable_before_its_first_byte_leaves(
+    any_world: World, rest: Any, streams: bool
+) -> None:
     durable: list[Any] = []
 
     @writing(any_world)
@@ -304,7 +307,7 @@ def test_what_was_done_before_write_is_durable_before_its_first_byte_leaves(any_
         write(any_world, "after")
         send(b"2")
         assert any_world.durable() == ["before"]
-        return rest
+        return iter(rest) if streams else rest
 
     exchange = Exchange(app, on_start=lambda status: durable.append((status, any_world.durable())))
     assert exchange.read() == b"".join(rest)
