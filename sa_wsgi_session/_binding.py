@@ -101,8 +101,8 @@ def innermost(key: object = None) -> Unit | None:
     """The innermost unit bound here (of the registry with that key, if one is given)."""
     frame = here.get()
     while frame is not None:
-        if frame.unit is not None and (key is None or frame.unit.binder.key is key) and _is_visible(frame):
-            unit: Unit = frame.unit
+        unit: Unit | None = frame.unit  # once: another thread, with a copy of the context, may see it go
+        if unit is not None and (key is None or unit.binder.key is key) and _is_visible(unit, frame):
             return unit
         frame = frame.outer
     return None
@@ -112,18 +112,19 @@ def is_here(unit: Unit) -> bool:
     """Whether *unit*, or a SAVEPOINT within it, is bound here."""
     frame = here.get()
     while frame is not None:
-        if frame.unit is not None and (frame.unit is unit or frame.unit.within is unit):
-            return _is_visible(frame)
+        bound: Unit | None = frame.unit
+        if bound is not None and (bound is unit or bound.within is unit):
+            return _is_visible(unit, frame)
         frame = frame.outer
     return False
 
 
-def _is_visible(frame: Frame) -> bool:
-    """Whether the session of the unit in *frame* can be had on this thread.
+def _is_visible(unit: Unit, frame: Frame) -> bool:
+    """Whether the session of *unit*, which is bound in *frame*, can be had on this thread.
 
     A context that was copied from another thread still has its frames, but a thread-local registry does not follow.
     """
-    return frame.thread == get_ident() or frame.unit.binder.contextual
+    return frame.thread == get_ident() or unit.binder.contextual
 
 
 def unwind(frame: Frame) -> list[Unit]:

@@ -102,7 +102,7 @@ _INNER_CHANGE = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", r
 _ANALYZE = re.compile(r"\bANALY[SZ]E\b", re.IGNORECASE)
 
 #: The length, in characters, up to which a statement is worth remembering, and to which it is worth taking apart.
-_SHORT, _LONG = 4_000, 100_000
+_SHORT, _LONG = 4_000, 20_000
 
 
 def changes(statement: str) -> bool:
@@ -217,7 +217,8 @@ def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> N
 def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> None:
     frame = here.get()
     while frame is not None:
-        watch = frame.unit.watch if frame.unit is not None else None
+        unit = frame.unit
+        watch = unit.watch if unit is not None else None
         if watch is not None and context.root_connection.connection in watch.pooled:
             watch.statement(statement, context)
             return
