@@ -210,7 +210,7 @@ class SessionMiddleware:
                 scope._end()
             else:
                 if not response.forwarded:
-                    scope._settle(streams=True)
+                    scope._settle()
                 stream.inside = scope._unwind()
                 scope.unbind()
                 scope._run_callbacks()
@@ -415,7 +415,7 @@ class _Response:
             try:
                 if not self.forwarded:
                     self.decide()
-                    scope._settle(streams=True)
+                    scope._settle()
                 scope.unbind()
                 try:
                     scope._run_callbacks()

@@ -216,10 +216,10 @@ class SessionScope(Watched):
         """From now on nothing of this unit may be committed."""
         self._refused = True
 
-    def _settle(self, *, streams: bool) -> None:
-        """The status is known: conclude the first half, unless it has to wait for the body."""
+    def _settle(self) -> None:
+        """The status of a streamed response is known: conclude the first half, unless it has to wait for the body."""
         try:
-            waits = streams and self._waits_for_body()
+            waits = self._waits_for_body()
         except BaseException:
             self._refuse()
             self._conclude()
@@ -431,9 +431,11 @@ class SessionScope(Watched):
                     f"exception pass, call Session.rollback() where you handle it, or run "
                     f'that part with propagation="nested"'
                 ) from error
-        # SQLAlchemy 2.1.7 and later can tell also the connections of a session that was used where it is not bound.
-        connections: Iterable[Connection] = getattr(session.get_transaction(), "connections", ())
-        for connection in self._root.connections or connections:
+        connections: Iterable[Connection] = self._root.connections
+        if not connections:
+            # SQLAlchemy 2.1.7 and later can tell those of a session that was used where it is not bound.
+            connections = getattr(session.get_transaction(), "connections", ())
+        for connection in connections:
             if is_aborted(connection):
                 raise RollbackOnlyError(
                     f"{self} cannot be committed: the database has aborted its transaction after "
