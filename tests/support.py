@@ -256,3 +256,19 @@ def respond(view: Callable[[], Any], status: str = "200 OK") -> Any:
 
 def serve(world: World, view: Callable[[], Any], status: str = "200 OK", **options: Any) -> SessionMiddleware:
     return SessionMiddleware(respond(view, status), world.Session, **options)
+
+
+class Body:
+    """An iterable body with a ``close``, which calls *on_close*."""
+
+    def __init__(self, chunks: Any, on_close: Callable[[], object] = lambda: None) -> None:
+        self.closed = 0
+        self._chunks = chunks
+        self._on_close = on_close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._chunks)
+
+    def close(self) -> None:
+        self.closed += 1
+        self._on_close()

@@ -19,6 +19,7 @@ from sa_wsgi_session import NoActiveScope, RollbackOnlyError, SessionMiddleware,
 from tests.support import (
     PLAIN,
     REGISTRIES,
+    Body,
     Exchange,
     Note,
     World,
@@ -75,22 +76,6 @@ def warnings_of(log: pytest.LogCaptureFixture) -> list[str]:
 def write(world: World, text: str) -> None:
     world.Session.add(Note(text=text))
     world.Session.flush()
-
-
-class Body:
-    """An iterable body with a ``close``, which calls *on_close*."""
-
-    def __init__(self, chunks: Any, on_close: Callable[[], object] = lambda: None) -> None:
-        self.closed = 0
-        self._chunks = chunks
-        self._on_close = on_close
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._chunks)
-
-    def close(self) -> None:
-        self.closed += 1
-        self._on_close()
 
 
 class Refused:

@@ -35,6 +35,7 @@ from sa_wsgi_session import (
 from tests.support import (
     PLAIN,
     REGISTRIES,
+    Body,
     Exchange,
     Note,
     World,
@@ -128,22 +129,6 @@ def statements(world: World) -> Iterator[list[str]]:
         yield sent
     finally:
         event.remove(world.engine, "before_cursor_execute", record)
-
-
-class Body:
-    """An iterable body with a ``close``, which calls *on_close*."""
-
-    def __init__(self, chunks: Any, on_close: Callable[[], object] = lambda: None) -> None:
-        self.closed = 0
-        self._chunks = chunks
-        self._on_close = on_close
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._chunks)
-
-    def close(self) -> None:
-        self.closed += 1
-        self._on_close()
 
 
 # -- bind: the session of the request ---------------------------------------------------------------------------------
