@@ -1,0 +1,1 @@
+"""The guest book as a plain WSGI application."""
