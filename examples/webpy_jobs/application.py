@@ -56,7 +56,7 @@ class Index:
         form = web.input(text="", seconds="")
         until = time.time() + float(form.seconds) if form.seconds else None
         Session.add(Notice(text=form.text, until=until))
-        if not form.text.strip():
+        if not isinstance(form.text, str) or not form.text.strip():  # a file that is uploaded comes as bytes
             Session.flush()  # even what was sent to the database by now is rolled back by an error status
             raise web.badrequest("A notice needs a text.")
         raise web.seeother("/")  # in web.py this is an exception; to the middleware it is a 303, a success
