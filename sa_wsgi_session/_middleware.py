@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     Environ: TypeAlias = "dict[str, Any]"
     Headers: TypeAlias = "list[tuple[str, str]]"
     StartResponse: TypeAlias = Callable[..., Callable[[bytes], object]]
-    Application: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
+    # Each framework types what it expects of start_response in its own way, and of what write() returns too.
+    Application: TypeAlias = Callable[[Environ, Any], Iterable[bytes]]
     CommitVeto: TypeAlias = Callable[[Environ, str, Headers], object]
     ActivateHook: TypeAlias = Callable[[Environ], object]
 
