@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from examples.guest_book import BadEntry, Session, events, export, open_database, page, sign
 from sa_wsgi_session import SessionMiddleware
 
-LARGEST_FORM = 10_000  # bytes; what is beyond is not read
+LARGEST_FORM = 10_000  # bytes
 
 
 def index(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -57,9 +57,11 @@ VIEWS = {
 
 
 def guest_book(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    view = VIEWS.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+    path = environ["PATH_INFO"]
+    view = VIEWS.get((environ["REQUEST_METHOD"], path))
     if view is None:
-        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        known = any(path == other for _, other in VIEWS)
+        start_response("405 Method Not Allowed" if known else "404 Not Found", [("Content-Type", "text/plain")])
         return [b"There is no such page.\n"]
     try:
         return view(environ, start_response)
@@ -70,9 +72,12 @@ def guest_book(environ: dict[str, Any], start_response: Callable[..., Any]) -> I
 
 def _form(environ: dict[str, Any]) -> dict[str, str]:
     try:
-        body = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0), LARGEST_FORM))
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        body = environ["wsgi.input"].read(length) if 0 <= length <= LARGEST_FORM else b""
+        if len(body) != length:
+            raise ValueError("it is too long, or its sender has left in the middle of it")
         return dict(parse_qsl(body.decode(), max_num_fields=10))
-    except ValueError as error:  # no number, no UTF-8, too many fields
+    except ValueError as error:
         raise BadEntry("That is no form.") from error
 
 
