@@ -26,7 +26,7 @@ from tests.support import World, Worlds
 SQLALCHEMY_14 = sqlalchemy.__version__.startswith("1.4.")
 
 
-def _unavailable(reason: NotInstalled) -> NoReturn:
+def unavailable(reason: NotInstalled) -> NoReturn:
     """Skip what cannot be tested on this machine; in CI, which must test it all, fail."""
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(f"CI skips nothing: {reason}", pytrace=False)
@@ -49,7 +49,7 @@ def postgresql() -> Iterator[DatabaseServer]:
         with run_postgresql() as server:
             yield server
     except NotInstalled as reason:
-        _unavailable(reason)
+        unavailable(reason)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def mariadb() -> Iterator[DatabaseServer]:
         with run_mariadb() as server:
             yield server
     except NotInstalled as reason:
-        _unavailable(reason)
+        unavailable(reason)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def chromium_process() -> Iterator[Any]:
     try:
         browser, driver = find_program("chromium", "chromium-browser", "google-chrome"), find_program("chromedriver")
     except NotInstalled as reason:
-        _unavailable(reason)
+        unavailable(reason)
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

@@ -233,7 +233,7 @@ def _running(
 ) -> Iterator[DatabaseServer]:
     for attempt in range(1, PORTS_TO_TRY + 1):
         # Somebody else may take the port before the server does: then another one is tried.
-        port = _free_port()
+        port = free_port()
         with _guarded(command(port), signal_name, log, user) as guard:
             running = server(port)
             try:
@@ -286,7 +286,7 @@ def _wait_until_it_answers(server: DatabaseServer, guard: subprocess.Popen[bytes
             pass
         if ended or time.monotonic() > deadline:
             trouble = "ended at once" if ended else f"did not answer within {SECONDS_TO_START} seconds"
-            raise RuntimeError(f"{server.url.get_backend_name()} {trouble}; it said:\n{_tail(log)}")
+            raise RuntimeError(f"{server.url.get_backend_name()} {trouble}; it said:\n{tail(log)}")
         time.sleep(0.05)
 
 
@@ -302,10 +302,10 @@ def _run(command: list[str], log: Path, user: str | None) -> None:
             **_as_user(user),
         )
     if status:
-        raise RuntimeError(f"{command[0]} ended with status {status}; it said:\n{_tail(log)}")
+        raise RuntimeError(f"{command[0]} ended with status {status}; it said:\n{tail(log)}")
 
 
-def _tail(log: Path, lines: int = 40) -> str:
+def tail(log: Path, lines: int = 40) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
@@ -340,7 +340,7 @@ def _server_folder(name: str, user: str | None) -> Iterator[Path]:
         yield Path(name_of_folder)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

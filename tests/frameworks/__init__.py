@@ -1,0 +1,1 @@
+"""The examples, each framework under each server: ``tox -e frameworks``."""
