@@ -126,7 +126,8 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_python_block_is_run_by_a_test():
-    assert sorted(_tested) == sorted((document, title) for document in DOCUMENTS for title in blocks(document))
+    # test_paste.py runs those of docs/paste.rst, and frameworks/ is what docs/frameworks.rst tells of.
+    assert sorted(_tested) == sorted((document, title) for document in (README, GUIDE) for title in blocks(document))
 
 
 # -- README.rst -------------------------------------------------------------------------------------------------------
