@@ -18,8 +18,8 @@ import pytest
 
 from examples import guest_book
 from sa_wsgi_session import NoActiveScope, current_scope
-from tests.support import Exchange, is_in_a_scope, make_environ, request
 from tests.frameworks.test_guest_books import FRAMEWORKS
+from tests.support import Exchange, is_in_a_scope, make_environ, request
 
 #: For each framework: whether its page reaches the middleware as a list; whether it asks a generator for its first
 #: chunk before it calls start_response; what becomes of an exception that nobody expects; whether a generator is closed

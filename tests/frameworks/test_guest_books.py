@@ -39,8 +39,8 @@ from sqlalchemy.pool import NullPool
 
 from examples.guest_book import Base, Entry
 from tests.conftest import SQLALCHEMY_14, unavailable
-from tests.servers import DatabaseServer, NotInstalled
 from tests.frameworks.wsgi_servers import WSGI_SERVERS, Running, WSGIServer, run_wsgi_server
+from tests.servers import DatabaseServer, NotInstalled
 
 #: The folder of each guest book, and the distribution of its framework.
 FRAMEWORKS = {

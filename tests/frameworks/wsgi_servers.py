@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tests.servers import NotInstalled, free_port, tail, find_program
+from tests.servers import NotInstalled, find_program, free_port, tail
 
 SECONDS_TO_START = 60
 SECONDS_TO_STOP = 10
