@@ -87,7 +87,7 @@ def page(cells: Sequence[dict[str, Any]], frameworks: dict[str, dict[str, Any]])
         "The guest book in :doc:`each framework, under each server <frameworks>`, with real clients: they read, post,\n"
         "make views fail and crash, hang up in the middle of an export, of a form and of a stream without an end, and\n"
         "stop reading for a while. ✓ means that it was found afterwards that",
-        "* the database held what was acknowledged, once, and nothing that was refused;\n"
+        "* the database held what was acknowledged, once, and nothing that was refused (but see note e);\n"
         "* no connection was checked out, and none was in a transaction;\n"
         "* every body that the server was given had been closed, once (but for those of note g);\n"
         "* the server's log told of no error but the one that was made on purpose, and of clients that had gone.",

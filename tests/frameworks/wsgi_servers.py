@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import venv
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -53,6 +54,8 @@ class WSGIServer:
     needs_a_chunk: bool = False
     #: An exception of the application closes the connection, without an answer or in the middle of it.
     breaks_off_errors: bool = False
+    #: The versions of what is no distribution.
+    other_versions: Callable[[], dict[str, str]] = dict
     #: Regular expressions: what else it may log.
     logs: tuple[str, ...] = ()
 
@@ -62,7 +65,7 @@ class WSGIServer:
         :raises NotInstalled: where one of these is not installed.
         """
         try:
-            return {name: version(name) for name in self.distributions}
+            return {**{name: version(name) for name in self.distributions}, **self.other_versions()}
         except PackageNotFoundError as error:
             raise NotInstalled(f"{error.name} is not installed") from None
 
@@ -197,8 +200,13 @@ def _uwsgi(port: int, folder: Path) -> list[str]:
     ]
 
 
+def _apache_version() -> dict[str, str]:
+    apache = find_program("apache2", "httpd", folders=["/usr/sbin"])
+    said = subprocess.run([apache, "-v"], check=True, capture_output=True, text=True).stdout
+    return {"Apache": said.partition("Apache/")[2].split()[0]}
+
+
 def _mod_wsgi(port: int, folder: Path) -> list[str]:
-    find_program("apache2", "httpd", folders=["/usr/sbin"])
     command = [
         _script("mod_wsgi-express"),
         "start-server",
@@ -216,10 +224,17 @@ def _mod_wsgi(port: int, folder: Path) -> list[str]:
         return command
     # Apache serves as nobody it can be, which as root is www-data: that may not read what lies in root's home, where
     # the interpreter may be. So it is www-data from the start, with the one capability to read.
-    shutil.chown(folder, "www-data")
     become = ["--reuid=www-data", "--regid=www-data", "--clear-groups"]
     may_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    return [find_program("setpriv"), *become, *may_read, *command]
+    # But mod_wsgi asks access(), which knows of no capabilities, for the environment that it runs in, and that of tox
+    # may be closed to others. So that is one of its own, which has all that ours has.
+    environment = folder / "environment"
+    venv.create(environment, symlinks=True)
+    [packages] = environment.glob("lib/python*/site-packages")
+    ours = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    (packages / "ours.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in ours))
+    shutil.chown(folder, "www-data")
+    return [find_program("setpriv"), *become, *may_read, str(environment / "bin" / "python"), *command]
 
 
 def _cheroot(port: int, folder: Path) -> list[str]:
@@ -278,6 +293,7 @@ WSGI_SERVERS = (
     WSGIServer(
         name="mod_wsgi",
         distributions=("mod_wsgi",),
+        other_versions=_apache_version,
         command=_mod_wsgi,
         logs=(r"[\w.]+: mod_wsgi request data read error",),
     ),
