@@ -18,24 +18,9 @@ import pytest
 
 from examples import guest_book
 from sa_wsgi_session import NoActiveScope, current_scope
+from tests.frameworks.applications import EVERYTHING, Framework
 from tests.frameworks.test_guest_books import FRAMEWORKS
 from tests.support import Exchange, is_in_a_scope, make_environ, request
-
-#: For each framework: whether its page reaches the middleware as a list; whether it asks a generator for its first
-#: chunk before it calls start_response; what becomes of an exception that nobody expects; whether a generator is closed
-#: when the client hangs up, with the session bound; and what HEAD is answered.
-EXPECTED = {
-    "plain_wsgi": (True, False, "goes on", True, 405),
-    "flask": (False, False, "500", True, 200),
-    "bottle": (True, True, "500", True, 200),
-    "pyramid": (True, False, "goes on", True, 200),
-    "falcon": (True, False, "500", True, 405),
-    "django": (False, False, "500", True, 200),
-    "cherrypy": (False, False, "500", True, 200),
-    "turbogears": (True, False, "goes on", True, 200),
-    "morepath": (True, False, "goes on", True, 405),
-    "webpy": (False, True, "500", False, 200),
-}
 
 
 class Lines:
@@ -57,13 +42,8 @@ class Lines:
                 self.closed_with_session = False
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_it_does_what_the_documentation_says(
-    framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("GUEST_BOOK_URL", f"sqlite:///{tmp_path / 'book.sqlite'}")
-    module = "wsgi" if framework == "pyramid" else "application"
-    app = import_module(f"examples.{framework}.{module}").application
+def test_it_does_what_the_documentation_says(framework: Framework, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = import_module(f"examples.{framework.name}.{framework.module}").application
     guest_book.open_database()
     lines = Lines()
     monkeypatch.setattr(guest_book, "_csv_lines", lines)
@@ -85,14 +65,20 @@ def test_it_does_what_the_documentation_says(
 
     head = int(request(app, "/", "HEAD", HTTP_HOST="127.0.0.1").status[:3])
     seen = (page_is_a_list, *begun_before_status, crash, lines.closed_with_session, head)
-    assert seen == EXPECTED[framework]
+    assert seen == (
+        framework.page_is_a_list,
+        framework.pulls_first_chunk,
+        "goes on" if framework.lets_through == EVERYTHING else "500",
+        framework.closes,
+        framework.head_of_page,
+    )
     assert not is_in_a_scope()
     engine = guest_book.Session.session_factory.kw["bind"]
     assert engine.pool.checkedout() == 0
     engine.dispose()
 
     if folder := os.environ.get("GUEST_BOOK_REPORT"):
-        _report(framework, seen, Path(folder) / "frameworks")
+        _report(framework.name, seen, Path(folder) / "frameworks")
 
 
 def _environ(path: str) -> dict[str, Any]:
