@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from inspect import iscoroutinefunction
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +35,7 @@ from ._binding import (
     rewind,
     unwind,
 )
-from ._errors import type_name, warn_of_error
+from ._errors import callable_name, type_name, warn_of_error
 from ._scope import SessionScope, State, check_commit_at
 from ._watching import listen
 
@@ -60,6 +61,17 @@ def default_commit_veto(environ: Environ, status: str, headers: Headers) -> bool
     :return: true (do not commit) unless *status* is 1xx, 2xx or 3xx.
     """
     return not status.startswith(("1", "2", "3"))
+
+
+def why_unusable(hook: object) -> str:
+    """What *hook* is, if it is nothing that answers with true or false when it is called; else nothing."""
+    if not callable(hook):
+        return f"an object of type {type_name(hook)}"
+    if isinstance(hook, type):
+        return f"the class {hook.__module__}.{hook.__qualname__}, whose instances are true: give one of them"
+    if iscoroutinefunction(hook) or iscoroutinefunction(getattr(hook, "__call__", None)):  # noqa: B004
+        return f"the coroutine function {callable_name(hook)}, whose coroutines are true: WSGI is synchronous"
+    return ""
 
 
 class SessionMiddleware:
@@ -120,16 +132,15 @@ class SessionMiddleware:
                 f"app must be a WSGI application, a callable that takes environ and "
                 f"start_response, not an object of type {type_name(app)}"
             )
-        if not callable(commit_veto):
+        unusable = why_unusable(commit_veto)
+        if unusable:
             raise TypeError(
-                f"commit_veto must be a callable that takes environ, status and headers, not an "
-                f"object of type {type_name(commit_veto)}; one that returns False commits always"
+                f"commit_veto must be a callable that takes environ, status and headers, not {unusable}; one that "
+                f"returns False commits always"
             )
-        if activate_hook is not None and not callable(activate_hook):
-            raise TypeError(
-                f"activate_hook must be a callable that takes the environ, or None, not an object "
-                f"of type {type_name(activate_hook)}"
-            )
+        unusable = why_unusable(activate_hook)
+        if activate_hook is not None and unusable:
+            raise TypeError(f"activate_hook must be a callable that takes the environ, or None, not {unusable}")
         if not isinstance(environ_key, str):
             raise TypeError(f"environ_key must be a str, not an object of type {type_name(environ_key)}")
         if not environ_key:

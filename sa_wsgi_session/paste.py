@@ -20,8 +20,9 @@ The keys of the section.  One of ``session`` and ``sqlalchemy.url`` is needed:
 ``session``
     The dotted name of a ``scoped_session`` or a ``sessionmaker``.  Where it is left out: :data:`Session`.
 ``sqlalchemy.url``
-    The URL of the database.  An engine is made of it, and the session is bound to that engine: the file wins over what
-    the code has bound it to.  Where it is left out, the session is taken as it is, and the application binds it.
+    The URL of the database.  An engine is made of it, and the session is bound to that engine: the file wins over the
+    ``bind`` of the code, but not over its ``binds``, which are for certain tables.  Where it is left out, the session
+    is taken as it is, and the application binds it.
 ``sqlalchemy.*``
     More settings for that engine, such as ``sqlalchemy.pool_size``: the parameters of :func:`sqlalchemy.create_engine`,
     by way of :func:`sqlalchemy.engine_from_config`.  Integers, and booleans such as ``true`` and ``off``, are read
@@ -72,7 +73,7 @@ from sqlalchemy.util import asbool
 
 from ._binding import as_scoped_session, contextual_session
 from ._errors import type_name
-from ._middleware import SessionMiddleware
+from ._middleware import SessionMiddleware, why_unusable
 from ._scope import COMMIT_AT
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ __all__ = ["Session", "filter_app_factory", "filter_factory"]
 Session: scoped_session[Any] = contextual_session(sessionmaker())
 
 
-def filter_factory(global_conf: Any, **local_conf: Any) -> Callable[[Application], SessionMiddleware]:
+def filter_factory(global_conf: Any, /, **local_conf: Any) -> Callable[[Application], SessionMiddleware]:
     """Make the filter that a section describes; PasteDeploy's entry point ``paste.filter_factory``.
 
     :param global_conf: is ignored.  It holds ``here``, ``__file__`` and the ``[DEFAULT]`` section, which all the
@@ -110,7 +111,7 @@ def filter_factory(global_conf: Any, **local_conf: Any) -> Callable[[Application
     return session_filter
 
 
-def filter_app_factory(app: Application, global_conf: Any, **local_conf: Any) -> SessionMiddleware:
+def filter_app_factory(app: Application, global_conf: Any, /, **local_conf: Any) -> SessionMiddleware:
     """Wrap *app* as a section describes; PasteDeploy's entry point ``paste.filter_app_factory``.
 
     :param app: the WSGI application.
@@ -253,6 +254,14 @@ def _read_callable(section: _Section, key: str, value: Any) -> Any:
     return found
 
 
+def _read_hook(section: _Section, key: str, value: Any) -> Any:
+    found = _read_text(_resolve, section, key, value, "the name cannot be resolved")
+    unusable = why_unusable(found)
+    if unusable:
+        section.refuse(key, f"it is {unusable}")
+    return found
+
+
 def _read_session(section: _Section, key: str, value: Any) -> Any:
     found = _read_text(_resolve, section, key, value, "the name cannot be resolved")
     scoped, error = _try(as_scoped_session, found)
@@ -296,13 +305,11 @@ _KEYS = {
         _read_session, "the dotted name of a scoped_session or a sessionmaker, such as package.module:Session"
     ),
     "commit_veto": _Key(
-        _read_callable,
+        _read_hook,
         "the dotted name of a callable that takes environ, status and headers, such as repoze.tm:default_commit_veto",
     ),
     "commit_at": _Key(_read_moment, " or ".join(COMMIT_AT)),
-    "activate_hook": _Key(
-        _read_callable, "the dotted name of a callable that takes environ, such as package.module:hook"
-    ),
+    "activate_hook": _Key(_read_hook, "the dotted name of a callable that takes environ, such as package.module:hook"),
     "environ_key": _Key(_read_prefix, "the beginning of two keys in the environ, such as sa_wsgi_session"),
 }
 
@@ -319,13 +326,16 @@ _SETTINGS = {
             ),
         ),
         (
-            "enable_from_linting future hide_parameters implicit_returning pool_pre_ping pool_use_lifo "
-            "skip_autocommit_rollback use_insertmanyvalues",
+            "auto_convert_lobs case_sensitive coerce_to_decimal enable_from_linting enable_offset_fetch "
+            "fast_executemany future hide_parameters ignore_no_transaction_on_rollback implicit_returning is_mariadb "
+            "native_datetime native_inet_types optimize_limits pool_pre_ping pool_use_lifo server_side_cursors "
+            "skip_autocommit_rollback use_ansi use_insertmanyvalues use_native_hstore use_nchar_for_unicode "
+            "use_scope_identity use_setinputsizes",
             _Key(_read_boolean, "true or false"),
         ),
         (
-            "insertmanyvalues_page_size label_length max_identifier_length max_overflow pool_recycle pool_size "
-            "pool_timeout query_cache_size",
+            "arraysize executemany_batch_page_size executemany_values_page_size insertmanyvalues_page_size "
+            "label_length max_identifier_length max_overflow pool_recycle pool_size pool_timeout query_cache_size",
             _Key(_read_integer, "an integer"),
         ),
         (
@@ -408,7 +418,8 @@ class _Section:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
-        self._hidden: set[str] = set()
+        #: What is masked, by the keys of the values that it is in.
+        self._hidden: dict[str, set[str]] = {key: set() for key in values}
         self._shown = {key: self._mask(key, value) for key, value in values.items()}
 
     def __contains__(self, key: str) -> bool:
@@ -454,13 +465,17 @@ class _Section:
 
     def refuse(self, key: str, problem: str, accepted: str = "", cause: Exception | None = None) -> NoReturn:
         """Raise the error that names the key, its value, and what is accepted."""
-        raise self.error(self.entry(key), problem, accepted or _accepted(key), cause)
+        # An engine is made of its URL too. A name is resolved without it.
+        keys = (key, _URL) if key.startswith(_PREFIX) and _URL in self else (key,)
+        raise self.error(self.entry(key), problem, accepted or _accepted(key), cause, keys)
 
-    def error(self, entry: str, problem: str, accepted: str, cause: Exception | None = None) -> ValueError:
-        """The error to raise; its cause is told only where that quotes nothing that is masked."""
+    def error(
+        self, entry: str, problem: str, accepted: str, cause: Exception | None = None, keys: Iterable[str] = ()
+    ) -> ValueError:
+        """The error to raise; its cause is told only where that quotes nothing that is masked in these keys."""
         if cause is not None:
-            told = "".join(traceback.format_exception(cause))
-            if any(hidden in told for hidden in self._hidden):
+            told = _messages(cause)
+            if any(hidden in told for key in keys for hidden in self._hidden[key]):
                 problem, cause = f"{problem} ({type_name(cause)})", None
             else:
                 problem = f"{problem} ({type_name(cause)}: {cause})"
@@ -479,8 +494,22 @@ class _Section:
         shown, hidden = _mask_url(value)
         if _SECRET_NAME.search(key) or _SECRET_INSIDE.search(shown):
             shown, hidden = "***", [value]
-        # In parts too: a parser that is misled by a password sees, and quotes, the end of it.
-        for text in hidden:
-            for whole in {text, unquote(text)} - {""}:
-                self._hidden.update([whole, *re.findall(r"\w{4,}", whole)])
+        self._hidden[key] = {part for text in hidden for part in _parts(text)}
         return shown if shown == "***" else repr(shown)
+
+
+def _parts(secret: str) -> set[str]:
+    """What of *secret* an error may quote: all of it, or the parts that a parser, misled by it, takes for others."""
+    parts: set[str] = set()
+    for whole in (secret, unquote(secret)):
+        parts.update([whole, *re.findall(r"\w{4,}", whole), *whole.split("@")[1:]])
+    return parts - {""}
+
+
+def _messages(error: BaseException | None) -> str:
+    """What *error* says, and those that it comes from: not the code that it passed through, which quotes no value."""
+    said = []
+    while error is not None:
+        said += traceback.format_exception_only(error)
+        error = error.__cause__ or error.__context__
+    return "".join(said)

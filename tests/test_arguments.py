@@ -184,6 +184,45 @@ def test_a_hook_is_a_callable_or_none(value: Any, shown: str) -> None:
     )  # fmt: skip
 
 
+class Answers:
+    """What a class that is given by mistake for one of its instances would do: be true, and veto everything."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+
+async def answer_in_time(*args: object) -> bool:
+    return False
+
+
+class AnswersInTime:
+    async def __call__(self, *args: object) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("argument", ["commit_veto", "activate_hook"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (Answers, ["the class", "Answers", "instance"]),
+        (answer_in_time, ["coroutine function", "answer_in_time", "synchronous"]),
+        (AnswersInTime(), ["coroutine function", "AnswersInTime", "synchronous"]),
+    ],
+)
+def test_what_would_always_be_true_is_no_veto_and_no_hook(argument: str, value: Any, words: list[str]) -> None:
+    options: Any = {argument: value}
+    refused(TypeError, lambda: SessionMiddleware(app, Scoped, **options), argument, *words)
+
+
+def test_a_partial_and_an_object_with_a_call_are_vetoes() -> None:
+    class Veto:
+        def __call__(self, environ: Any, status: str, headers: Any) -> bool:
+            return False
+
+    for veto in (Veto(), partial(Veto()), Veto().__call__):
+        SessionMiddleware(app, Scoped, commit_veto=veto)
+
+
 @pytest.mark.parametrize("value", ["", "START", "middle", None, 1, ["start"], Unprintable])
 def test_the_moments_to_commit_at_are_two(value: Any) -> None:
     refused(

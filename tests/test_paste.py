@@ -26,7 +26,7 @@ from paste.deploy import loadapp, loadfilter
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, declarative_base, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool, StaticPool
 
 import sa_wsgi_session.paste
@@ -34,7 +34,7 @@ from sa_wsgi_session import NoActiveScope, SessionMiddleware, session_scope
 from sa_wsgi_session.paste import filter_app_factory, filter_factory
 from tests import paste_fixtures
 from tests.paste_fixtures import Contextual, Maker, Other, Scoped
-from tests.support import PLAIN, Base, Exchange, note, request
+from tests.support import PLAIN, Base, Exchange, Note, note, request
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paste.rst"
@@ -477,6 +477,28 @@ def test_settings_reach_the_engine_as_what_they_mean(folder):
     assert engine.logging_name == "notes"
 
 
+def test_settings_of_a_dialect_are_read_too(folder):
+    folder.section(SCOPED, "sqlalchemy.url = sqlite://", "sqlalchemy.native_datetime = false")
+    assert bind_of(Scoped).dialect.native_datetime is False
+
+
+def test_the_binds_of_the_code_stay(folder):
+    """They are for certain tables; the bind of the file is for all the others."""
+
+    class Other(declarative_base()):  # type: ignore[misc]
+        __tablename__ = "other"
+        id = sa.Column(sa.Integer, primary_key=True)
+
+    old = sa.create_engine("sqlite://")
+    session: Any = scoped_session(sessionmaker(binds={Note: old}))
+    filter_factory({}, session=session, **{"sqlalchemy.url": "sqlite:///new.sqlite"})
+    assert session.get_bind(Note) is old
+    assert session.get_bind(Other) is bind_of(session)
+    session.remove()
+    unbind(session.session_factory)
+    old.dispose()
+
+
 def test_a_setting_that_is_an_object_is_named(folder):
     folder.section(
         "session = tests.paste_fixtures:Scoped",
@@ -743,11 +765,21 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "commit_veto, a number": (
         [SCOPED, "commit_veto = tests.paste_fixtures:number"],
-        ["commit_veto = 'tests.paste_fixtures:number'", "int", "called", "accepted", "environ, status and headers"],
+        ["commit_veto = 'tests.paste_fixtures:number'", "type int", "accepted", "environ, status and headers"],
     ),
+    "commit_veto, a class": (
+        [SCOPED, "commit_veto = tests.paste_fixtures:Vetoes"],
+        ["commit_veto = 'tests.paste_fixtures:Vetoes'", "the class", "instance", "accepted", "status"],
+    ),
+    "commit_veto, a coroutine function": (
+        [SCOPED, "commit_veto = tests.paste_fixtures:veto_in_time"],
+        ["commit_veto = 'tests.paste_fixtures:veto_in_time'", "coroutine", "synchronous", "accepted", "status"],
+    ),
+    "app, which is an argument too": ([SCOPED, "app = x:y"], ["app = 'x:y'", "no such key", KEYS]),
+    "global_conf, which is an argument too": ([SCOPED, "global_conf = x"], ["global_conf = 'x'", "no such key", KEYS]),
     "activate_hook, a number": (
         [SCOPED, "activate_hook = tests.paste_fixtures:number"],
-        ["activate_hook = 'tests.paste_fixtures:number'", "int", "called", "accepted", "environ"],
+        ["activate_hook = 'tests.paste_fixtures:number'", "type int", "accepted", "environ"],
     ),
     "commit_at, never": ([SCOPED, "commit_at = never"], ["commit_at = 'never'", "accepted", "start or end"]),
     # URLs
@@ -943,7 +975,11 @@ def test_what_is_wrong_is_told_when_the_file_is_loaded(case, folder):
         ([SCOPED, "commit_veto = tests.paste_fixtures:thing"], AttributeError),
         ([SCOPED, URL_LINE, "sqlalchemy.pool_size = many"], ValueError),
         ([SCOPED, "sqlalchemy.url = mssql+pyodbc://me:s3cret@localhost/notes"], ModuleNotFoundError),
+        # A password that is a word of any day: a name is resolved without it.
+        (["session = json:thing", "sqlalchemy.url = postgresql://json:json@localhost/json"], AttributeError),
+        (["session = tests.nowhere:thing", "sqlalchemy.url = sqlite://?application_name=tests"], ModuleNotFoundError),
         # What quotes the URL, or may quote a part of it, is left out.
+        ([SCOPED, "sqlalchemy.url = sqlite://me:p@55@localhost/notes"], None),
         ([SCOPED, "sqlalchemy.url = sqlite://localhost/notes?passwd=s3cret"], None),
         ([SCOPED, "sqlalchemy.url = postgresql://me:very@s3cret:s3cret@localhost/notes"], None),
     ],
