@@ -81,8 +81,13 @@ def _csv_lines(rows: Iterable[Any]) -> Iterator[bytes]:
     write(("id", "name", "text"))
     yield line.last
     for row in rows:
-        write(row)
+        write((row.id, _as_text(row.name), _as_text(row.text)))
         yield line.last
+
+
+def _as_text(cell: str) -> str:
+    # A spreadsheet would run it as a formula, but for the apostrophe (OWASP, "CSV Injection").
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 class _Line:

@@ -58,8 +58,8 @@ def event_stream() -> Iterator[bytes]:
 
 
 def form() -> Mapping[str, str]:
-    # Before Bottle reads it: of a multipart form, it would put any amount into a temporary file.
-    if request.content_length > LARGEST_FORM:
+    # Before Bottle reads it: it would put any amount that is multipart or chunked into a temporary file.
+    if request.chunked or request.content_length > LARGEST_FORM:
         abort(413, "That is too much.")
     try:
         return request.forms.decode()  # type: ignore[no-any-return]

@@ -197,6 +197,8 @@ class Framework:
     form_too_large: int = 400
     #: How many bytes of that are read.
     reads_at_most: int = 20_000
+    #: Of a form without an end, in chunks: URL-encoded, and multipart. Most take what has no length for empty.
+    form_in_chunks: tuple[int, int] = (400, 400)
     query_not_in_utf8: int = 400
     #: Which one counts of a field that comes twice: 0, or 1; ``None`` where that is refused.
     of_two_fields: int | None = 1
@@ -240,6 +242,7 @@ FRAMEWORKS = {
             lets_through=NO_EXCEPTIONS,
             head_of_iterator=("closed",),
             form_too_large=413,
+            form_in_chunks=(400, 413),  # Werkzeug cuts the former off, and finds no text in it
             of_two_fields=0,
         ),
         Framework(
@@ -251,6 +254,7 @@ FRAMEWORKS = {
             lets_through=(*NO_EXCEPTIONS, MemoryError),
             head_of_iterator=("read", "closed"),
             form_too_large=413,
+            form_in_chunks=(413, 413),
         ),
         Framework(
             name="pyramid",
@@ -271,6 +275,7 @@ FRAMEWORKS = {
             head_of_export=405,
             head_of_events=405,
             form_too_large=413,
+            form_in_chunks=(400, 415),
             form_of_wrong_type=415,
         ),
         Framework(
@@ -292,6 +297,7 @@ FRAMEWORKS = {
             closes_on_another_thread=False,
             head_of_iterator=(),
             form_too_large=413,
+            form_in_chunks=(413, 400),
             query_not_in_utf8=404,
             of_two_fields=None,
         ),
@@ -325,6 +331,7 @@ FRAMEWORKS = {
             takes_turns=False,
             head_of_events=405,
             form_too_large=413,
+            form_in_chunks=(413, 413),
         ),
     )
 }

@@ -1,12 +1,11 @@
-"""Makes ``docs/matrix.rst`` of what test_guest_books.py has seen.
+"""Makes ``docs/matrix.rst`` of what test_guest_books.py and test_framework_facts.py have seen.
 
 ::
 
     python -m tests.frameworks.page REPORT           # write the page
     python -m tests.frameworks.page REPORT --check   # compare the page with what was seen; versions may differ
 
-REPORT is the folder that ``$GUEST_BOOK_REPORT`` named when the tests ran. ``tox -e frameworks`` does the second, and
-``tox -e frameworks-page`` the first.
+REPORT is the folder that ``$GUEST_BOOK_REPORT`` named when the tests ran. ``tox -e frameworks`` does the second.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.frameworks.wsgi_servers import WSGI_SERVERS, WSGIServer
 
 PAGE = Path(__file__).parents[2] / "docs" / "matrix.rst"
 #: Where they are other than before, the page is no less true.
-_VERSION = re.compile(r"\b\d+(\.\d+)+(\.post\d+)?\b")
+_VERSION = re.compile(r"\b\d+(\.\d+)+((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?\b")
 
 #: As the frameworks call themselves.
 TITLES = {

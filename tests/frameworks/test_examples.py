@@ -15,7 +15,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -26,6 +26,7 @@ from sqlalchemy import select
 from examples import guest_book
 from tests.frameworks.applications import Framework
 from tests.frameworks.support import MULTIPART, URLENCODED, elsewhere, headers, status_code
+from tests.servers import PORTS_TO_TRY, free_port
 
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_WAIT = 20
@@ -244,14 +245,35 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-@pytest.mark.parametrize("content_type", [URLENCODED, MULTIPART])
-@pytest.mark.parametrize("make", [io.BufferedReader, lambda form: form], ids=["buffered", "unbuffered"])
+endless = pytest.mark.parametrize("make", [io.BufferedReader, lambda form: form], ids=["buffered", "unbuffered"])
+content_types = pytest.mark.parametrize("content_type", [URLENCODED, MULTIPART])
+
+
+@content_types
+@endless
 def test_a_form_that_is_too_large_is_refused_and_little_of_it_read(book, content_type, make):
     form = Endless()
     exchange = book.send("/", b"", content_type, **{"CONTENT_LENGTH": str(10**12), "wsgi.input": make(form)})
     looks_at_type_first = content_type == MULTIPART and book.framework.name == "cherrypy"
     refused_with = "form_of_wrong_type" if looks_at_type_first else "form_too_large"
     assert status_code(exchange) == getattr(book.framework, refused_with)
+    assert form.count <= book.framework.reads_at_most
+    assert book.texts == []
+
+
+@content_types
+@endless
+def test_a_form_in_chunks_is_refused_or_taken_for_none_and_little_of_it_read(book, content_type, make):
+    form = Endless()
+    exchange = book.send(
+        "/",
+        b"",
+        content_type,
+        HTTP_TRANSFER_ENCODING="chunked",
+        CONTENT_LENGTH="",
+        **{"wsgi.input": make(form), "wsgi.input_terminated": True},
+    )
+    assert status_code(exchange) == book.framework.form_in_chunks[content_type == MULTIPART]
     assert form.count <= book.framework.reads_at_most
     assert book.texts == []
 
@@ -277,6 +299,12 @@ def test_the_export_streams_from_a_result_that_stays_open(book):
     rest = exchange.read().decode().splitlines()
     assert rest[:299] == [f"{number + 1},Ada,entry {number}" for number in range(1, 300)]
     assert book.checked_out == 0
+
+
+def test_no_cell_of_the_export_is_a_formula(book):
+    book.sign("=1+1", name="@Ada")
+    book.sign("1=1", name="-Ada")
+    assert book.ask("/export.csv").content == b"id,name,text\r\n1,'@Ada,'=1+1\r\n2,'-Ada,1=1\r\n"
 
 
 def test_events_hold_no_connection_between_two_of_them_and_tell_what_is_new(book):
@@ -351,12 +379,6 @@ WARNINGS = (
 )
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def command_of(framework: Framework, folder: Path) -> list[str]:
     """What the one line of the README runs in the end, on a free port."""
     text = (ROOT / "examples" / framework.name / "README.rst").read_text(encoding="utf-8")
@@ -375,6 +397,33 @@ def command_of(framework: Framework, folder: Path) -> list[str]:
     return [*command[:-1], str(ini)]
 
 
+@contextmanager
+def serving(framework: Framework, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    """Run it until the block ends; at which host and port?"""
+    warn = [f"-W{what}" for what in WARNINGS]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    said = ""
+    for _ in range(PORTS_TO_TRY):
+        command = [sys.executable, *warn, *command_of(framework, folder)]
+        with subprocess.Popen(command, cwd=folder, env=environ, stdout=pipe, stderr=pipe, text=True) as process:
+            try:
+                output = process.stderr if framework.name == "pyramid" else process.stdout
+                assert output is not None
+                said = ""
+                for line in output:
+                    said += line
+                    if address := re.search(r"http://([0-9.]+):([0-9]+)", line):
+                        yield process, address[1], int(address[2])
+                        return
+            finally:
+                process.kill()
+        # It has ended. Somebody else may have taken the port before it did: then another one is tried.
+        if "in use" not in said:
+            break
+    raise RuntimeError(f"it does not start; it said:\n{said}")
+
+
 def ask_server(host: str, port: int, form: str | None) -> bytes:
     """The whole answer, read until the server has closed the connection."""
     head = f"{'GET' if form is None else 'POST'} / HTTP/1.0\r\nHost: {host}\r\nContent-Type: {URLENCODED}\r\n"
@@ -385,20 +434,10 @@ def ask_server(host: str, port: int, form: str | None) -> bytes:
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_the_command_of_its_readme_serves_it_until_it_is_ended(framework, ending, guest_book_path, tmp_path):
-    warn = [f"-W{what}" for what in WARNINGS]
-    command = [sys.executable, *warn, *command_of(framework, tmp_path)]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            output = process.stderr if framework.name == "pyramid" else process.stdout
-            assert output is not None
-            [(host, port)] = re.findall(r"http://([0-9.]+):([0-9]+)", next(line for line in output if "http" in line))
-            answers = [ask_server(host, int(port), form) for form in ("text=hello", "text=", None)]
-            process.send_signal(ending)
-            _, errors = process.communicate(timeout=SECONDS_TO_WAIT)
-        finally:
-            process.kill()
+    with serving(framework, tmp_path) as (process, host, port):
+        answers = [ask_server(host, port, form) for form in ("text=hello", "text=", None)]
+        process.send_signal(ending)
+        _, errors = process.communicate(timeout=SECONDS_TO_WAIT)
     assert [answer.split(b" ")[1] for answer in answers] == [b"303", b"400", b"200"]
     assert b"hello" in answers[-1]
     assert process.returncode == (0 if ending == signal.SIGINT else -ending)

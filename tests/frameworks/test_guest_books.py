@@ -234,29 +234,28 @@ class Visit:
     acknowledged: list[str] = field(default_factory=list)
     #: What would have been, had the server passed the answer on (``WSGIServer.needs_a_chunk``).
     unanswered: list[str] = field(default_factory=list)
-    #: The streams without an end that clients have left.
-    events_left: int = 0
     #: What is reported.
     requests: Counter[str] = field(default_factory=Counter)
     facts: dict[str, Any] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=count)
 
-    def ask(self, method: str, path: str, form: dict[str, str] | None = None, *, status: int) -> Answer | None:
-        """Ask for that, and be answered with that status; ``None`` if the server cannot pass it on."""
+    def ask(self, method: str, path: str, form: dict[str, str] | None = None, *, status: int) -> Answer:
+        """Ask for that, and be answered with that status."""
         self.requests["answered"] += 1
         answer = ask(self.running.port, method, path, form)
-        if self.server.needs_a_chunk and (answer.status, answer.body) == (500, b"") and status != 200:
-            self.facts["status_without_body"] = "500 instead"
-            return None
         assert answer.status == status
         return answer
 
     def post(self) -> None:
         entry = f"entry {next(self._numbers)} & more"
-        answer = self.ask("POST", "/", {"name": "Ann", "text": entry}, status=303)
-        if answer is None:
+        self.requests["answered"] += 1
+        answer = ask(self.running.port, "POST", "/", {"name": "Ann", "text": entry})
+        # Of all the answers, a redirect alone may have no body. Whether it was one, the database tells in the end.
+        if self.server.needs_a_chunk and (answer.status, answer.body) == (500, b""):
+            self.facts["status_without_body"] = "500 instead"
             self.unanswered.append(entry)
         else:
+            assert answer.status == 303
             assert answer.headers["Location"].endswith("/")
             self.acknowledged.append(entry)
 
@@ -285,7 +284,6 @@ def test_a_guest_book_is_kept_whatever_its_visitors_do(visit: Visit) -> None:
 
 def they_read(visit: Visit) -> None:
     page = visit.ask("GET", "/", status=200)
-    assert page is not None
     assert page.body.count(b"<b>Jack</b>") == 20
     visit.ask("GET", "/nowhere", status=404)
 
@@ -293,7 +291,6 @@ def they_read(visit: Visit) -> None:
 def they_post(visit: Visit) -> None:
     visit.post_at_once(8)
     page = visit.ask("GET", "/", status=200)
-    assert page is not None
     assert page.body.count(b"<b>Ann</b>: entry ") >= 8
     visit.ask("POST", "/", {"name": "Ann", "text": " "}, status=400)
 
@@ -356,20 +353,17 @@ def they_leave_in_the_middle_of_the_export(visit: Visit) -> None:
 
 def they_leave_in_the_middle_of_the_events(visit: Visit) -> None:
     visit.requests["cut_off"] += 1
-    alone = False
-    # The first event arrives while the second is yet to come; on a busy machine they meet once in a while.
-    while not alone and visit.events_left < 5:
-        visit.events_left += 1
-        received = b""
-        with connect(visit.running.port) as client:
-            send(client, "GET", "/events")
-            while b"data: " not in received:
-                received += some_of(client)
-            alone = received.count(b"data: ") == 1
-            while received.count(b"data: ") < 3:
-                received += some_of(client)
-    assert alone
-    visit.facts["first_event_at_once"] = alone
+    received = b""
+    with connect(visit.running.port) as client:
+        send(client, "GET", "/events")
+        while b"data: " not in received:
+            received += some_of(client)
+        # The second waits for this, and longer than anybody holds the first back; so that it came at once.
+        visit.running.go_on.touch()
+        assert received.count(b"data: ") == 1
+        while received.count(b"data: ") < 3:
+            received += some_of(client)
+    visit.facts["first_event_at_once"] = True
 
 
 def some_of(client: socket.socket) -> bytes:
@@ -425,8 +419,14 @@ def they_ask_for_the_head_alone(visit: Visit) -> None:
 
 def nothing_is_left_open(visit: Visit) -> None:
     # A stream that is never told that its client has gone is left as well; it holds no connection between two events.
-    streams = visit.events_left if visit.server.streams_on else 0
-    expected = {"checked_out": 0, "open_bodies": streams, "dropped_bodies": 0, "closed_twice": 0}
+    streams = 1 if visit.server.streams_on else 0
+    expected = {
+        "checked_out": 0,
+        "open_bodies": streams,
+        "dropped_bodies": 0,
+        "closed_twice": 0,
+        "left_in_registry": 0,
+    }
     seen: dict[str, Any] = {}
 
     def settled() -> bool:
@@ -460,6 +460,12 @@ _PREFIX = re.compile(r"^(?:\[[^\]]*\] )+")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?:: |$)")
 #: What stands between two tracebacks of one chain, of which the last is the one that counts.
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
+#: What the middleware complains of (served.py), Python, and a server that has lost a worker.
+_TROUBLE = re.compile(
+    "SA_WSGI_SESSION |was dropped without a call|SAWarning|WORKER TIMEOUT|was sent SIG(?!TERM)|DAMN ! worker"
+    "|exit signal|Fatal Python error|Segmentation fault|unexpected exit",
+    re.IGNORECASE,
+)
 _ON_PURPOSE = ("RuntimeError: failed on purpose", "BrokenPipeError", "ConnectionResetError")
 
 
@@ -467,7 +473,7 @@ def troubles_in(log: str, server: WSGIServer) -> list[str]:
     """What a server has logged, but for the crash on purpose and for clients that have gone."""
     expected = re.compile("|".join([*_ON_PURPOSE, *server.logs]))
     lines = [line for line in (_PREFIX.sub("", line) for line in log.splitlines()) if line]
-    found = [line for line in lines if "was dropped without a call" in line or "SAWarning" in line]
+    found = [line for line in lines if _TROUBLE.search(line)]
     for number, line in enumerate(lines):
         if "Traceback (most recent call last)" in line:
             rest = iter(lines[number + 1 :])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import SECONDS_TO_START, SECONDS_TO_STOP, free_port
+from tests.servers import PORTS_TO_TRY, SECONDS_TO_START, SECONDS_TO_STOP, free_port
 from tests.test_paste import ROOT, WRITER, Folder
 
 SERVED = f"""
@@ -33,6 +32,24 @@ SERVED = f"""
     use = egg:waitress#main
     host = 127.0.0.1
     port = PORT
+
+    # waitress tells it to the log alone where it listens.
+    [loggers]
+    keys = root
+
+    [handlers]
+    keys = stderr
+
+    [formatters]
+    keys =
+
+    [logger_root]
+    level = INFO
+    handlers = stderr
+
+    [handler_stderr]
+    class = StreamHandler
+    args = ()
     """
 
 
@@ -74,17 +91,34 @@ def ask(port: int, path: str) -> int:
         return response.status
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until it listens there."""
+def listens(port: int, process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait until it says that it listens there; or else that somebody else does, who took the port before it."""
     deadline = time.monotonic() + SECONDS_TO_START
     while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+        ended = process.poll() is not None
+        said = log.read_text(errors="replace")
+        if f"http://127.0.0.1:{port}" in said:
+            return True
+        if "in use" in said:
+            return False
+        assert not ended, said
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def serving_file(folder: Folder, command: str) -> Iterator[int]:
+    """Run that command, given the file, until the block ends; at which port?"""
+    log = folder.path / "server.log"
+    for _ in range(PORTS_TO_TRY):
+        port = free_port()
+        file = folder.write(SERVED.replace("PORT", str(port))).removeprefix("config:")
+        words = [word.format(port=port, file=file) for word in command.split()]
+        with serving(log, *words) as process:
+            if listens(port, process, log):
+                yield port
+                return
+    raise RuntimeError(f"no port was free; the last server said:\n{log.read_text(errors='replace')}")
 
 
 @pytest.mark.parametrize(
@@ -98,11 +132,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 def test_a_server_that_is_given_the_file(command, tmp_path):
     folder = Folder(tmp_path)
     folder.database()
-    port = free_port()
-    file = folder.write(SERVED.replace("PORT", str(port))).removeprefix("config:")
-    command = [word.format(port=port, file=file) for word in command.split()]
-    with serving(folder.path / "server.log", *command) as process:
-        wait_for(port, process)
+    with serving_file(folder, command) as port:
         assert ask(port, "/kept") == 200
         assert folder.notes() == {"kept"}
         assert ask(port, "/dropped?404%20Not%20Found") == 404

@@ -2,7 +2,8 @@
 
 Each is started by the command that its users type, on a free loopback port, with one process and (but for those that
 serve one request at a time) eight threads. What it says goes into a log file; a server that does not start is shown
-with the end of it.
+with the end of it. It does not outlive the tests, even where these are killed: a guard, at the other end of a pipe,
+stops it when they are gone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ MODULE = "tests.frameworks.served"
 APPLICATION = f"{MODULE}:application"
 THREADS = "8"
 
+# A line says that the tests have stopped the server, the end of the pipe without one that they are gone.
+_GUARD = """
+server=$1 patience=$2 folder=$3
+read -r _ && exit
+kill -s TERM "$server"
+sleep "$patience"
+kill -s KILL -- "-$server"
+rm -rf "$folder"
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WSGIServer:
@@ -50,7 +61,7 @@ class WSGIServer:
     serial: bool = False
     #: It does not notice that the client of a stream without an end has gone, and goes on with it for ever.
     streams_on: bool = False
-    #: It cannot pass an answer on whose body is empty: the client sees a 500 of the server's own.
+    #: It cannot pass an answer on whose body is empty, as that of a redirect may be: the client sees a 500 of its own.
     needs_a_chunk: bool = False
     #: An exception of the application closes the connection, without an answer or in the middle of it.
     breaks_off_errors: bool = False
@@ -70,24 +81,38 @@ class WSGIServer:
             raise NotInstalled(f"{error.name} is not installed") from None
 
 
+class AnotherAnswers(Exception):
+    """The port is that of another server, or a worker has died and got a successor."""
+
+
 class Running:
     """A server that runs, and what it says of itself."""
 
-    def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path, go_on: Path) -> None:
         self.port = port
         self.log = log
+        #: A stream of events waits for this file after the first.
+        self.go_on = go_on
         self._process = process
+        self._pid: int | None = None
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
     def state(self) -> dict[str, Any]:
-        """What ``/-/state`` answers."""
+        """What ``/-/state`` answers.
+
+        :raises AnotherAnswers: where that is another process than at first.
+        """
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
             connection.request("GET", "/-/state")
             state: dict[str, Any] = json.loads(connection.getresponse().read())
-            return state
+        # Somebody else's has another file; of ours, one that was started again has forgotten what went wrong before.
+        if state["go_on"] != str(self.go_on) or self._pid not in (None, state["pid"]):
+            raise AnotherAnswers(f"{state['pid']} answers, not {self._pid or 'ours'}")
+        self._pid = state["pid"]
+        return state
 
 
 @contextlib.contextmanager
@@ -105,11 +130,12 @@ def run_wsgi_server(server: WSGIServer, environment: Mapping[str, str], log: Pat
         for attempt in range(1, PORTS_TO_TRY + 1):
             # Somebody else may take the port before the server does: then another one is tried.
             port = free_port()
-            ours = {**environment, "HOME": name, "TMPDIR": name}
+            go_on = folder / "go_on"
+            ours = {**environment, "HOME": name, "TMPDIR": name, "GUEST_BOOK_GO_ON": str(go_on)}
             # One that streams on for ever does not end by itself either.
             patience = 1 if server.streams_on else SECONDS_TO_STOP
             with _process(server.command(port, folder), log, ours, folder, patience) as process:
-                running = Running(port, process, log)
+                running = Running(port, process, log, go_on)
                 try:
                     _wait_until_it_answers(server, running)
                 except RuntimeError:
@@ -135,6 +161,13 @@ def _process(
             # A process group of its own: it is stopped with all that it has started.
             start_new_session=True,
         )
+    guard = subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, "guard", str(process.pid), str(patience), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         yield process
     finally:
@@ -145,13 +178,14 @@ def _process(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        guard.communicate(b"\n")
 
 
 def _wait_until_it_answers(server: WSGIServer, running: Running) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
     while True:
         ended = running.ended
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError, AnotherAnswers):
             if not ended:
                 running.state()
                 return
