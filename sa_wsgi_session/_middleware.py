@@ -69,7 +69,7 @@ def why_unusable(hook: object) -> str:
         return f"an object of type {type_name(hook)}"
     if isinstance(hook, type):
         return f"the class {hook.__module__}.{hook.__qualname__}, whose instances are true: give one of them"
-    if iscoroutinefunction(hook) or iscoroutinefunction(getattr(hook, "__call__", None)):  # noqa: B004
+    if iscoroutinefunction(hook) or iscoroutinefunction(type(hook).__call__):
         return f"the coroutine function {callable_name(hook)}, whose coroutines are true: WSGI is synchronous"
     return ""
 

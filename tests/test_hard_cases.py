@@ -1653,7 +1653,8 @@ def test_a_server_without_write_is_told_of_a_later_status_and_keeps_nothing_of_t
         return body(start_response)
 
     told: list[str] = []
-    with closing(SessionMiddleware(app, world.Session)(make_environ(), start_nothing(told))) as stream:  # type: ignore[type-var]
+    stream: Any = SessionMiddleware(app, world.Session)(make_environ(), start_nothing(told))
+    with closing(stream):
         assert list(stream) == [b"", b"sorry"]
     assert told == ["200 OK", "500 Oops"]
     assert world.durable() == []

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from docutils import nodes  # type: ignore[import-untyped,unused-ignore]
-from docutils.core import publish_doctree  # type: ignore[import-untyped,unused-ignore]
+from docutils import nodes
+from docutils.core import publish_doctree
 from paste.deploy import loadapp, loadfilter
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL

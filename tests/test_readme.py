@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 import sqlalchemy as sa
-from docutils import nodes  # type: ignore[import-untyped,unused-ignore]
-from docutils.core import publish_doctree  # type: ignore[import-untyped,unused-ignore]
+from docutils import nodes
+from docutils.core import publish_doctree
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DatabaseError, IntegrityError
 

@@ -124,7 +124,8 @@ _events = guest_book.events
 
 def events() -> Iterator[bytes]:
     """The second event comes when the client has told that it has seen the first."""
-    with contextlib.closing(_events()) as rest:  # type: ignore[type-var]
+    rest: Any = _events()  # a generator, which is to be closed even where it is not read to its end
+    with contextlib.closing(rest):
         yield next(rest)
         deadline = time.monotonic() + LONGEST_WAIT
         while not GO_ON.exists() and time.monotonic() < deadline:

@@ -14,9 +14,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -153,7 +154,7 @@ def test_what_is_no_entry_is_refused_with_the_reason(book, form, reason):
 class Form(NamedTuple):
     body: bytes
     content_type: str = URLENCODED
-    environ: dict[str, str] = {}  # noqa: RUF012
+    environ: Mapping[str, str] = MappingProxyType({})
     #: The frameworks that make an entry of it.
     taken_by: str = ""
     #: The fact that tells what the others answer; ``None`` for 400.
