@@ -13,10 +13,12 @@ from ._binding import contextual_session
 from ._errors import NoActiveScope, RollbackOnlyError
 from ._jobs import session_scope, with_session
 from ._middleware import SessionMiddleware, default_commit_veto
+from ._retry import RetryPolicy
 from ._scope import SessionScope, current_scope
 
 __all__ = [
     "NoActiveScope",
+    "RetryPolicy",
     "RollbackOnlyError",
     "SessionMiddleware",
     "SessionScope",
@@ -27,6 +29,6 @@ __all__ = [
     "with_session",
 ]
 
-for _public in (NoActiveScope, RollbackOnlyError, SessionMiddleware, SessionScope):
+for _public in (NoActiveScope, RetryPolicy, RollbackOnlyError, SessionMiddleware, SessionScope):
     # One name for each, also in tracebacks: where it is imported from.
     _public.__module__ = __name__

@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from functools import partial
+from inspect import iscoroutinefunction
 
 #: Everything that the package logs goes here: DEBUG for each outcome, WARNING for what an
 #: operator should look into, nothing else.
@@ -58,3 +59,14 @@ def callable_name(function: Callable[..., object]) -> str:
     if not isinstance(name, str):  # an object with __call__
         return type_name(function)
     return f"{module}.{name}" if isinstance(module, str) else name
+
+
+def why_unusable(hook: object) -> str:
+    """What *hook* is, if it is nothing that answers with true or false when it is called; else nothing."""
+    if not callable(hook):
+        return f"an object of type {type_name(hook)}"
+    if isinstance(hook, type):
+        return f"the class {hook.__module__}.{hook.__qualname__}, whose instances are true: give one of them"
+    if iscoroutinefunction(hook) or iscoroutinefunction(type(hook).__call__):
+        return f"the coroutine function {callable_name(hook)}, whose coroutines are true: WSGI is synchronous"
+    return ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ._binding import binder_of, innermost
 from ._errors import NoActiveScope, callable_name, type_name
+from ._retry import RetryPolicy, Trial, check_retry
 from ._scope import SessionScope, State
 from ._watching import listen
 
@@ -56,7 +57,7 @@ class session_scope:
     The commit does not expire objects: what the block has loaded can be read after it.
     """
 
-    __slots__ = ("_binder", "_name", "_propagation", "_scope", "_session", "_within")
+    __slots__ = ("_binder", "_name", "_propagation", "_scope", "_session", "_trial", "_within")
 
     def __init__(
         self,
@@ -67,6 +68,8 @@ class session_scope:
         self._binder = binder_of(session)
         self._propagation = check_propagation(propagation)
         self._name = "session_scope()"
+        #: Which attempt at the block this is, if there may be several.
+        self._trial: Trial | None = None
         self._scope: SessionScope | None = None
         #: The unit that this block has joined, and its session.
         self._within: SessionScope | None = None
@@ -86,14 +89,16 @@ class session_scope:
             scope = SessionScope(binder, self._name, within=around._root)
         else:
             scope = SessionScope(binder, self._name)
-            listen(binder)
+            if self._trial is not None:
+                scope._try(self._trial)
+            listen(binder, trials=self._trial is not None)
         scope.bind()
         try:
             if scope.within is not None:
                 scope._begin_savepoint()
             session = scope.session
-        except BaseException:
-            scope._end_after_error()
+        except BaseException as error:
+            scope._end_after_error(error)
             raise
         self._scope = scope
         return session
@@ -115,7 +120,7 @@ class session_scope:
         if error is None:
             scope._end()
         else:
-            scope._end_after_error()
+            scope._end_after_error(error)
 
     def _leave(self, within: SessionScope, error: BaseException | None) -> None:
         """Leave a unit that this block has joined; others end it, or have done so."""
@@ -140,6 +145,7 @@ def with_session(
     *,
     argument: str = "session",
     propagation: Literal["required", "nested", "requires_new"] = "required",
+    retry: RetryPolicy | None = None,
 ) -> Callable[[Callable[_P, _R]], Callable[..., _R]]:
     """Run the decorated function in a :class:`session_scope` and pass it the session.
 
@@ -154,14 +160,18 @@ def with_session(
     :param session: as for :class:`session_scope`.
     :param argument: the name of the keyword argument that receives the ``Session``.
     :param propagation: as for :class:`session_scope`.
+    :param retry: how the function is replayed, with the same arguments, when it has lost a race for the database;
+        ``None``: it is not.  Within an active unit of work it is not either, unless *propagation* is
+        ``"requires_new"``: the whole of that has to be replayed.
     :raises TypeError: at once, if *session* is neither a ``scoped_session`` nor a
         ``sessionmaker``, if the function does not take the argument, or if calling it only makes
         a coroutine or a generator, whose body would run when the unit of work is over.
     :raises ValueError: at once, if *propagation* is none of the three, or *argument* cannot be
         the name of an argument.
     """
-    listen(binder_of(session))
+    binder = binder_of(session)
     check_propagation(propagation)
+    listen(binder, trials=check_retry(retry) is not None)
     if not isinstance(argument, str):
         raise TypeError(f"argument must be a str, not an object of type {type_name(argument)}")
     if not argument.isidentifier():
@@ -172,8 +182,22 @@ def with_session(
 
         @wraps(function)
         def in_scope(*args: Any, **kwargs: Any) -> _R:
+            if retry is None or (propagation != "requires_new" and innermost(binder.key) is not None):
+                return attempt(None, args, kwargs)
+            trial = Trial(retry, retry.attempts)
+            while True:
+                try:
+                    return attempt(trial, args, kwargs)
+                except Exception:
+                    if not trial.again:
+                        raise
+                # Out here: what comes up in the next attempt does not come of this exception.
+                trial = trial.next()
+
+        def attempt(trial: Trial | None, args: Any, kwargs: Any) -> _R:
             unit = session_scope(session, propagation=propagation)
             unit._name = callable_name(function)
+            unit._trial = trial
             with unit as given:
                 return function(*args, **kwargs, **{argument: given})  # type: ignore[arg-type]
 

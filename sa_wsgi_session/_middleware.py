@@ -7,6 +7,9 @@ One request, from above (``SessionMiddleware._attempt``)::
 
 and for a streamed body, around every chunk: bind ─▶ next ─▶ unbind.
 
+Under a ``RetryPolicy`` the upper line may be run through several times (``SessionMiddleware._replay``), as long as it
+ends before the status is forwarded.
+
 This file knows WSGI (PEP 3333).  It does not know SQLAlchemy: what to do with the session it says
 in the words of the scope: settle, conclude, end.
 """
@@ -17,7 +20,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from inspect import iscoroutinefunction
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +37,8 @@ from ._binding import (
     rewind,
     unwind,
 )
-from ._errors import callable_name, type_name, warn_of_error
+from ._errors import type_name, warn_of_error, why_unusable
+from ._retry import LostRace, RetryPolicy, Trial, check_retry
 from ._scope import SessionScope, State, check_commit_at
 from ._watching import listen
 
@@ -63,17 +66,6 @@ def default_commit_veto(environ: Environ, status: str, headers: Headers) -> bool
     return not status.startswith(("1", "2", "3"))
 
 
-def why_unusable(hook: object) -> str:
-    """What *hook* is, if it is nothing that answers with true or false when it is called; else nothing."""
-    if not callable(hook):
-        return f"an object of type {type_name(hook)}"
-    if isinstance(hook, type):
-        return f"the class {hook.__module__}.{hook.__qualname__}, whose instances are true: give one of them"
-    if iscoroutinefunction(hook) or iscoroutinefunction(type(hook).__call__):
-        return f"the coroutine function {callable_name(hook)}, whose coroutines are true: WSGI is synchronous"
-    return ""
-
-
 class SessionMiddleware:
     """Give every request to a WSGI application a SQLAlchemy session of its own.
 
@@ -94,6 +86,7 @@ class SessionMiddleware:
         ``"end"``: after the last chunk, in one transaction with the view.
     :param activate_hook: called as ``activate_hook(environ)``; false means: the request passes
         untouched.
+    :param retry: how a request is replayed that has lost a race for the database; ``None``: it is not.
     :param environ_key: the prefix of the two keys in the environ: ``<environ_key>.scope`` holds
         the :class:`SessionScope`, ``<environ_key>.session`` the scoped session.
     :raises TypeError: if an argument is of the wrong type.
@@ -109,6 +102,8 @@ class SessionMiddleware:
         "_binder",
         "_commit_at",
         "_commit_veto",
+        "_keep_body",
+        "_retry",
         "_scope_key",
         "_session_key",
         "session",
@@ -125,6 +120,7 @@ class SessionMiddleware:
         commit_veto: CommitVeto = default_commit_veto,
         commit_at: str = "start",
         activate_hook: ActivateHook | None = None,
+        retry: RetryPolicy | None = None,
         environ_key: str = "sa_wsgi_session",
     ) -> None:
         if not callable(app):
@@ -154,6 +150,7 @@ class SessionMiddleware:
         self._commit_veto = commit_veto
         self._commit_at = check_commit_at(commit_at)
         self._activate_hook = activate_hook
+        self._retry = check_retry(retry)
         self._scope_key = f"{environ_key}.scope"
         self._session_key = f"{environ_key}.session"
         if (
@@ -166,7 +163,11 @@ class SessionMiddleware:
                 f"environ_key={environ_key!r}, so neither could be told from the other in the "
                 f"environ: give one of them another environ_key"
             )
-        listen(self._binder)
+        listen(self._binder, trials=retry is not None)
+        if retry is not None:
+            from ._request_body import RequestBody
+
+            self._keep_body = RequestBody
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         if self._activate_hook is not None and not self._activate_hook(environ):
@@ -174,6 +175,8 @@ class SessionMiddleware:
         outer = environ.get(self._scope_key)
         if outer is not None and self._is_running(outer):
             return self._join(outer, environ, start_response)
+        if self._retry is not None:
+            return self._replay(environ, start_response, self._retry)
         return self._attempt(environ, start_response)
 
     def _is_running(self, outer: object) -> bool:
@@ -188,14 +191,36 @@ class SessionMiddleware:
             cast(SessionScope, innermost(self._binder.key) or outer)._set_rollback_only(error)
             raise
 
-    def _attempt(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    def _replay(self, environ: Environ, start_response: StartResponse, policy: RetryPolicy) -> Iterable[bytes]:
+        """Attempts at the request, as long as they lose races and the policy allows another one."""
+        limit = policy.attempts
+        body = self._keep_body(environ, policy.max_body) if _may_have_body(environ) else None
+        if body is not None and not body.replayable:
+            limit = 1
+        as_it_was = environ.copy()
+        trial = Trial(policy, limit)
+        while True:
+            try:
+                return self._attempt(environ, start_response, trial)
+            except Exception:
+                if not trial.again or (body is not None and not body.rewind()):
+                    raise
+            # Out here: what comes up in the next attempt does not come of this exception.
+            trial = trial.next()
+            environ.clear()
+            environ.update(as_it_was)
+
+    def _attempt(self, environ: Environ, start_response: StartResponse, trial: Trial | None = None) -> Iterable[bytes]:
         binder = self._binder
         scope = SessionScope(
             binder,
             (environ.get("REQUEST_METHOD", "?"), environ.get("PATH_INFO", "")),
             commit_at=self._commit_at,
         )
-        scope.watching = True
+        if trial is None:
+            scope.watching = True
+        else:
+            scope._try(trial)
         environ[self._scope_key] = scope
         environ[self._session_key] = self.session
         response = _Response(scope, self._commit_veto, environ, start_response)
@@ -217,6 +242,8 @@ class SessionMiddleware:
                     # A generator application calls start_response on its first next().
                     stream.pull()
             response.decide()
+            if trial is not None and response.status is not None and response.status[0] == "5":
+                response.check()
             if stream is None:
                 # No code of the application can run any more.
                 scope._end()
@@ -227,8 +254,8 @@ class SessionMiddleware:
                 scope.unbind()
                 scope._run_callbacks()
             response.forward()
-        except BaseException:
-            _abort(scope, body)
+        except BaseException as error:
+            _abort(scope, body, error)
             raise
         finally:
             response.over()
@@ -238,10 +265,23 @@ class SessionMiddleware:
         return stream
 
 
-def _abort(scope: SessionScope, body: object) -> None:
+def _may_have_body(environ: Environ) -> bool:
+    length = environ.get("CONTENT_LENGTH")
+    if length:
+        return bool(length != "0")
+    # Without a length it ends where the server says so; but servers say so of every request.
+    return "HTTP_TRANSFER_ENCODING" in environ or (
+        environ.get("wsgi.input_terminated", False) and environ.get("REQUEST_METHOD") not in _WITHOUT_BODY
+    )
+
+
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+
+
+def _abort(scope: SessionScope, body: object, error: BaseException) -> None:
     """Roll back and remove; *body* reaches no server, so it is closed here.
 
-    The exception that brought us here stays the one that is raised.
+    *error*, which brought us here, stays the one that is raised.
     """
     with scope._first_error_stays():
         if scope._state is State.ENDED:
@@ -249,10 +289,10 @@ def _abort(scope: SessionScope, body: object) -> None:
             return
         if not scope._is_bound:
             scope.bind()
-        scope._refuse()
+        scope._fail(error)
         with scope._first_error_stays():
             _close(body)
-        scope._end_after_error()
+        scope._end_after_error(error)
 
 
 def _close(body: object) -> None:
@@ -369,6 +409,15 @@ class _Response:
             self._scope._refuse()
         else:
             self._raise_error()
+
+    def check(self) -> None:
+        """Leave an attempt whose error page tells of a lost race, if another one follows."""
+        scope = self._scope
+        if scope.trial is not None and scope.trial.answered(scope):
+            raise LostRace(
+                f"{scope} has answered {self.status!r} because of a lost race, but has closed wsgi.input, so that the "
+                f"request cannot be replayed"
+            )
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -608,8 +657,8 @@ class _Stream:
         rewind(self.inside)
         try:
             _close(self._body)
-        except BaseException:
-            scope._end_after_error()
+        except BaseException as error:
+            scope._end_after_error(error)
             raise
         scope._end()
 

@@ -42,6 +42,8 @@ from sqlalchemy.orm import Session
 from ._binding import NOWHERE, Binder, Unit, binder_of, innermost, is_here, unwind
 from ._callbacks import Callbacks
 from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
+from ._retry import is_open
+from ._transient import classify
 from ._watching import Watched, is_aborted
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
     from ._binding import SessionSource
+    from ._retry import Trial
 
 COMMIT_AT = ("start", "end")
 
@@ -106,13 +109,14 @@ class SessionScope(Watched):
         self.watching = False
         self.watch = None
         self.callbacks = None
+        self.trial = None
         self.attempt = 1 if within is None else within.attempt
         self._name = name
         self._commit_at = commit_at
         self._state = State.OPEN
         self._refused = False
         self._doomed: str | None = None
-        self._rollback_only: tuple[SessionTransaction | None, BaseException] | None = None
+        self._rollback_only: tuple[SessionTransaction | None, BaseException, str] | None = None
         self._savepoint: SessionTransaction | None = None
 
     # What the application uses
@@ -216,12 +220,24 @@ class SessionScope(Watched):
         """From now on nothing of this unit may be committed."""
         self._refused = True
 
+    def _try(self, trial: Trial) -> None:
+        """This is an attempt that may be replayed."""
+        self.trial = trial
+        self.attempt = trial.number
+        self.watching = True
+
+    def _fail(self, error: BaseException, *, committing: bool = False) -> None:
+        """*error* ends this unit, which is not rolled back yet."""
+        self._refused = True
+        if self.trial is not None:
+            self.trial.failed(self, error, committing=committing)
+
     def _settle(self) -> None:
         """The status of a streamed response is known: conclude the first half, unless it has to wait for the body."""
         try:
             waits = self._waits_for_body()
-        except BaseException:
-            self._refuse()
+        except BaseException as error:
+            self._fail(error)
             self._conclude()
             raise
         finally:
@@ -230,6 +246,7 @@ class SessionScope(Watched):
             self.watch = None
         if not waits:
             self._conclude()
+        self.trial = None  # the response begins
 
     def _waits_for_body(self) -> bool:
         """Whether the transaction must outlive the start of the response."""
@@ -273,7 +290,7 @@ class SessionScope(Watched):
             try:
                 self._commit(session)
             except BaseException as error:
-                self._refuse()
+                self._fail(error, committing=True)
                 with self._first_error_stays():
                     self._roll_back(session)
                 if self.callbacks is not None:
@@ -304,12 +321,13 @@ class SessionScope(Watched):
                 self._run_callbacks()
             raise
         self._leave()
+        self.trial = None
         if self.callbacks is not None:
             self._run_callbacks()
 
-    def _end_after_error(self) -> None:
-        """The same, while an exception is on its way: nothing is committed, and that exception stays the one raised."""
-        self._refuse()
+    def _end_after_error(self, error: BaseException) -> None:
+        """The same, while *error* is on its way: nothing is committed, and it stays the one that is raised."""
+        self._fail(error)
         with self._first_error_stays():
             self._end()
 
@@ -331,7 +349,10 @@ class SessionScope(Watched):
     def _run_callbacks(self) -> None:
         """Run the callbacks that are due.  The unit is not bound."""
         if self.callbacks is not None and self.callbacks.due:
-            self.callbacks.run()
+            if self.trial is not None and self.trial.again:
+                self.callbacks = None  # what comes of this unit of work, the next attempt will tell
+            else:
+                self.callbacks.run()
 
     # A SAVEPOINT within the unit
 
@@ -344,7 +365,7 @@ class SessionScope(Watched):
             session = self.binder.peek(self)
             savepoint = self._savepoint
             # The application may have ended it itself, with the whole transaction.
-            if session is not None and savepoint is not None and _is_open(session, savepoint):
+            if session is not None and savepoint is not None and is_open(session, savepoint):
                 if self._refused or self._doomed is not None:
                     self._roll_back_savepoint(session, savepoint)
                 else:
@@ -389,7 +410,27 @@ class SessionScope(Watched):
                 transaction = session.get_transaction() or session.begin()
             except Exception as second:
                 warn_of_error(second, "%s: could not tell its transaction", self)
-        self._rollback_only = (transaction, error)
+        self._rollback_only = (
+            transaction,
+            error,
+            f"{type_name(error)} escaped from a part that had joined it and was swallowed, so only half of the work is "
+            f"there; let the exception pass, call Session.rollback() where you handle it, or run that part with "
+            f'propagation="nested"',
+        )
+
+    def meets(self, error: BaseException, *, own: bool) -> None:
+        conflict = classify(error)
+        if own and conflict is not None and conflict.undone:
+            # The next statement begins another transaction, which the database would commit without a word.
+            session = self.binder.peek(self)
+            self._rollback_only = (
+                session.get_transaction() if session is not None else None,
+                error,
+                f"the database has rolled back its transaction ({conflict.code}), which was swallowed, so only half of "
+                f"the work is there; let the exception pass, or call Session.rollback() where you handle it",
+            )
+        if self.trial is not None:
+            self.trial.meets(error, self, own=own)
 
     # Steps
 
@@ -422,15 +463,10 @@ class SessionScope(Watched):
     def _check_commit(self, session: Session) -> None:
         """Raise ``RollbackOnlyError`` if the transaction of *session* must not be committed."""
         if self._rollback_only is not None:
-            failed, error = self._rollback_only
+            failed, error, why = self._rollback_only
             current = self._savepoint or session.get_transaction()
             if failed is None or failed is current:
-                raise RollbackOnlyError(
-                    f"{self} cannot be committed: {type_name(error)} escaped from a part that had "
-                    f"joined it and was swallowed, so only half of the work is there; let the "
-                    f"exception pass, call Session.rollback() where you handle it, or run "
-                    f'that part with propagation="nested"'
-                ) from error
+                raise RollbackOnlyError(f"{self} cannot be committed: {why}") from error
         connections: Iterable[Connection] = self._root.connections
         if not connections:
             # SQLAlchemy 2.1.7 and later can tell those of a session that was used where it is not bound.
@@ -504,14 +540,6 @@ def _is_pristine(session: Session) -> bool:
 
 #: An application's own ``close`` is called in any case.
 _CLOSE = Session.close
-
-
-def _is_open(session: Session, savepoint: SessionTransaction) -> bool:
-    """Whether *session* is still within *savepoint*."""
-    transaction = session.get_nested_transaction()
-    while transaction is not None and transaction is not savepoint:
-        transaction = transaction.parent
-    return transaction is not None
 
 
 def current_scope(session: SessionSource | None = None) -> SessionScope:

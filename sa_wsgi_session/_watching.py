@@ -1,6 +1,6 @@
 """What SQLAlchemy tells a unit of work about its session.
 
-Three questions are answered here, each by the cheapest events that can answer it:
+Some questions are answered here, each by the cheapest events that can answer it:
 
 * *Is a result still open, and was anything changed?*  A request asks that before it commits the
   transaction of a response that streams.  ``do_execute`` and its siblings hand over the execution
@@ -10,6 +10,15 @@ Three questions are answered here, each by the cheapest events that can answer i
 * *Which connections does the transaction use?*  ``after_begin`` says.
 * *When has a transaction ended, and how?*  ``after_commit`` and ``after_transaction_end`` say,
   and are listened to only once somebody has registered a callback.
+* *What has the database refused?*  ``handle_error`` says, whoever swallows the exception.
+* *Has an attempt that may be replayed* (a unit with a ``Trial``) *lost a race?*  ``handle_error`` tells what the
+  database has found out, ``after_soft_rollback`` what SQLAlchemy itself finds out in a flush.
+* *Is something of it durable already?*  A session says ``after_commit``.  Another connection is found when it is sent
+  a statement that changes data, and tells of its ``commit`` from then on: that one alone, because to listen to them all
+  would cost every request.  And some statements commit by themselves.
+
+In SQLAlchemy 1.4 ``handle_error`` is an event of the engine, and sends its connections down their slow path: there it
+is listened to only where there is a ``RetryPolicy``.
 
 All listeners are functions of this module that look for the unit in ``here``: no state of a
 request is ever attached to a session, a connection or an engine.
@@ -21,10 +30,12 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
+from enum import IntEnum
 from functools import lru_cache, partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
 
+from sqlalchemy import __version__ as sqlalchemy_version
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
@@ -32,13 +43,16 @@ from ._binding import Binder, Unit, here
 from ._callbacks import Callbacks
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine.interfaces import ExceptionContext
+
+    from ._retry import Trial
 
 
 class Watched(Unit):
     """A unit that is told what its session does: the base of ``SessionScope``."""
 
-    __slots__ = ("callbacks", "connections", "watch", "watching")
+    __slots__ = ("callbacks", "connections", "trial", "watch", "watching")
 
     #: What the transaction uses (and perhaps what earlier ones used and gave back).
     connections: list[Connection]
@@ -48,6 +62,20 @@ class Watched(Unit):
     watch: Watch | None
     #: What waits for the outcome; made with the first callback.
     callbacks: Callbacks | None
+    #: What is known of this attempt, as long as it may be replayed.
+    trial: Trial | None
+
+    def meets(self, error: BaseException, *, own: bool) -> None:
+        """*error* has come up, from the session of this unit or from elsewhere; whoever called may swallow it."""
+        raise NotImplementedError
+
+    def uses(self, connection: Connection) -> bool:
+        """Whether the session has begun a transaction on *connection*."""
+        if connection in self.connections:
+            return True
+        # SQLAlchemy 1.4 makes another Connection for every change of execution options.
+        transaction = connection.get_transaction()
+        return transaction is not None and any(known.get_transaction() is transaction for known in self.connections)
 
 
 class Watch:
@@ -71,7 +99,7 @@ class Watch:
             # 100,000 references; a limit that grows with what is left keeps that linear.
             contexts[:] = [reference for reference in contexts if reference() is not None]
             self._limit = 2 * len(contexts) + 64
-        if not self.changed and changes(statement):
+        if not self.changed and effect_of(statement):
             self.changed = True
 
     def has_open_result(self) -> bool:
@@ -96,6 +124,9 @@ _READS = frozenset(
     {"select", "values", "table", "with", "show", "explain", "desc", "describe", "pragma", "declare", "fetch", "close"}
     | {"set", "reset", "use", "lock", "begin", "start", "savepoint", "release", "rollback"}
 )
+# What can be undone, on every database. After anything else it may be durable at once: DDL is on MySQL and Oracle, a
+# procedure may COMMIT, and COMMIT does.
+_UNDOABLE = frozenset({"insert", "update", "delete", "merge", "replace"})
 _INTO = re.compile(r"\bINTO\b", re.IGNORECASE)
 # Where a statement can begin within another; elsewhere these words are columns, or FOR UPDATE.
 _INNER_CHANGE = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE)
@@ -105,71 +136,96 @@ _ANALYZE = re.compile(r"\bANALY[SZ]E\b", re.IGNORECASE)
 _SHORT, _LONG = 4_000, 20_000
 
 
-def changes(statement: str) -> bool:
-    """Whether *statement* may change data: anything but a plain reading one.
+class Effect(IntEnum):
+    """What a statement may do to the data."""
+
+    READS = 0
+    CHANGES = 1
+    #: A change that may be durable when the statement is done.
+    MAY_COMMIT = 2
+
+
+def effect_of(statement: str) -> Effect:
+    """What *statement* may do: anything but a plain reading one may change data.
 
     ``SELECT … INTO`` and data-modifying ``WITH`` change data; ``SELECT … FOR UPDATE`` does not.
     A function with side effects in a ``SELECT`` cannot be told from one without.
     """
-    return _changes_cached(statement) if len(statement) <= _SHORT else _changes(statement)
+    return _effect_cached(statement) if len(statement) <= _SHORT else _effect(statement)
 
 
-def _changes(statement: str) -> bool:
+def _effect(statement: str) -> Effect:
     if len(statement) <= _LONG and not _AMBIGUOUS.search(statement):
         statement = _QUOTED.sub(" ", statement)
-    return any(_part_changes(part) for part in statement.split(";") if part.strip())
+    return max((_effect_of_part(part) for part in statement.split(";") if part.strip()), default=Effect.READS)
 
 
-_changes_cached = lru_cache(maxsize=1024)(_changes)
+_effect_cached = lru_cache(maxsize=1024)(_effect)
 
 
-def _part_changes(part: str) -> bool:
+def _effect_of_part(part: str) -> Effect:
     verb = cast("re.Match[str]", _VERB.match(part)).group(1).lower()
-    if verb not in _READS or _INTO.search(part):
-        return True
-    if verb == "pragma":
-        return "=" in part
-    if verb == "explain" and _ANALYZE.search(part):
-        return True
-    return verb not in ("select", "values", "table") and _INNER_CHANGE.search(part) is not None
+    if verb not in _READS:
+        return Effect.CHANGES if verb in _UNDOABLE else Effect.MAY_COMMIT
+    if (
+        _INTO.search(part)
+        or (verb == "pragma" and "=" in part)
+        or (verb == "explain" and _ANALYZE.search(part))
+        or (verb not in ("select", "values", "table") and _INNER_CHANGE.search(part))
+    ):
+        return Effect.CHANGES
+    return Effect.READS
 
 
-def listen(binder: Binder) -> None:
+def listen(binder: Binder, *, trials: bool = False) -> None:
     """Listen to the sessions of *binder*; once for each class of sessions, however often called.
+
+    :param trials: whether there will be attempts that may be replayed.
 
     To be called as early as may be: SQLAlchemy cannot add a listener while another thread is calling those that it has.
     """
-    # Before the application's own listeners, which may change data in after_begin, or raise in after_commit.
-    _listen_once(_sessions, _session_class(binder.factory), _SESSION_LISTENERS, insert=True)
+    session_class = _session_class(binder.factory)
+    _TO_SESSION.register(session_class)
+    if trials:
+        _TO_SESSION_ON_TRIAL.register(session_class)
     options = getattr(binder.factory, "kw", None)
     if isinstance(options, dict):
         for bind in (options.get("bind"), *(options.get("binds") or {}).values()):
             if bind is not None:
-                _listen_to_dialect(bind.dialect)
+                _listen_to_connections(bind, trials)
 
 
-def _listen_to_dialect(dialect: Any) -> None:
-    _listen_once(_dialects, dialect, _DIALECT_LISTENERS)
+def _listen_to_connections(bind: Engine | Connection, trials: bool) -> None:
+    _TO_DIALECT.register(bind.dialect)
+    if trials and not _IS_EVENT_OF_DIALECT:
+        _TO_ENGINE_ON_TRIAL.register(bind.engine)
 
 
-# What is listened to already.  (SQLAlchemy's event.contains() would not do: it goes by id(), which a new class may have
-# inherited from a dead one.)
-_sessions: weakref.WeakSet[type[Session]] = weakref.WeakSet()
-_dialects: weakref.WeakSet[Any] = weakref.WeakSet()
+_Functions = dict[str, Callable[..., None]]
+
+
+class _Listeners:
+    """Listeners that are registered together, and once for each target."""
+
+    def __init__(self, listeners: _Functions, *, insert: bool = False) -> None:
+        self._listeners = listeners
+        self._how = {"insert": True} if insert else {}
+        # What is listened to already.  (SQLAlchemy's event.contains() would not do: it goes by id(), which a new class
+        # may have inherited from a dead one.)
+        self._targets: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def register(self, target: object) -> None:
+        if target in self._targets:
+            return
+        with _lock:
+            if target not in self._targets:
+                for name, listener in self._listeners.items():
+                    event.listen(target, name, listener, **self._how)
+                self._targets.add(target)
+
+
 # Reentrant: the garbage collector may close a dropped body in the middle, whose application uses a session.
 _lock = RLock()
-
-
-def _listen_once(
-    known: weakref.WeakSet[Any], target: Any, listeners: dict[str, Callable[..., None]], **how: Any
-) -> None:
-    if target in known:
-        return
-    with _lock:
-        if target not in known:
-            for name, listener in listeners.items():
-                event.listen(target, name, listener, **how)
-            known.add(target)
 
 
 def _session_class(factory: Any) -> type[Session]:
@@ -207,7 +263,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         if unit.watch is None or not others:
             unit.watch = Watch()
         unit.watch.pooled.append(connection.connection)
-        _listen_to_dialect(connection.dialect)
+        _listen_to_connections(connection, unit.trial is not None)
 
 
 def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
@@ -218,17 +274,49 @@ def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> None:
     frame = here.get()
     while frame is not None:
         unit = frame.unit
-        watch = unit.watch if unit is not None else None
-        if watch is not None and context.root_connection.connection in watch.pooled:
-            watch.statement(statement, context)
-            return
+        if unit is not None:
+            watch, trial = unit.watch, unit.trial
+            own = watch is not None and context.root_connection.connection in watch.pooled
+            if own:
+                watch.statement(statement, context)
+            if trial is not None and (watch.changed if own else effect_of(statement)):
+                _note_change(trial, statement, context.root_connection, own)
+        frame = frame.outer
+
+
+def _note_change(trial: Trial, statement: str, connection: Connection, own: bool) -> None:
+    """Tell an attempt of a statement that perhaps can't be undone."""
+    effect = effect_of(statement)
+    if effect is Effect.MAY_COMMIT or (effect is Effect.CHANGES and connection._is_autocommit_isolation()):
+        trial.has_committed()
+    elif not own and trial.changes_elsewhere(connection):
+        # SQLAlchemy 1.4 makes another Connection for every change of execution options.
+        transaction = connection.get_transaction()
+        begun = connection if transaction is None else transaction.connection
+        event.listen(begun, "commit", _commit_elsewhere)
+        event.listen(begun, "commit_twophase", _commit_elsewhere)
+
+
+def _commit_elsewhere(connection: Connection, *_: object) -> None:
+    frame = here.get()
+    while frame is not None:
+        if frame.unit is not None and frame.unit.trial is not None:
+            frame.unit.trial.has_committed()
         frame = frame.outer
 
 
 def _after_commit(session: Session) -> None:
-    callbacks = _callbacks_of(session)
-    if callbacks is not None:
-        callbacks.committed(session.get_nested_transaction())
+    frame = here.get()
+    while frame is not None:
+        unit = frame.unit
+        if unit is not None and (unit.trial is not None or unit.callbacks is not None):
+            own = unit.binder.peek(unit) is session
+            savepoint = session.get_nested_transaction()
+            if own and unit.callbacks is not None:
+                unit.callbacks.committed(savepoint)
+            if unit.trial is not None and savepoint is None and (unit.watch.changed if own and unit.watch else not own):
+                unit.trial.has_committed()
+        frame = frame.outer
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
@@ -249,16 +337,45 @@ def _callbacks_of(session: Session) -> Callbacks | None:
     return None
 
 
-_SESSION_LISTENERS: dict[str, Callable[..., None]] = {
-    "after_begin": _after_begin,
-    "after_commit": _after_commit,
-    "after_transaction_end": _after_transaction_end,
-}
-_DIALECT_LISTENERS: dict[str, Callable[..., None]] = {
+def _handle_error(context: ExceptionContext) -> None:
+    error = context.sqlalchemy_exception
+    if error is None or getattr(context, "is_pre_ping", False):
+        return  # an interruption; or a connection that the pool replaces, and nobody hears of it
+    frame = here.get()
+    while frame is not None:
+        unit = cast("Watched | None", frame.unit)
+        if unit is not None and unit.within is None:
+            unit.meets(error, own=context.connection is not None and unit.uses(context.connection))
+        frame = frame.outer
+
+
+def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> None:
+    error = sys.exc_info()[1]
+    frame = here.get()
+    while error is not None and frame is not None:
+        unit = cast("Watched | None", frame.unit)
+        if unit is not None and unit.trial is not None and unit.binder.peek(unit) is session:
+            unit.meets(error, own=True)
+        frame = frame.outer
+
+
+_IS_EVENT_OF_DIALECT = not sqlalchemy_version.startswith("1.")
+_ERRORS: _Functions = {"handle_error": _handle_error}
+
+_TO_SESSION = _Listeners(
+    {"after_begin": _after_begin, "after_commit": _after_commit, "after_transaction_end": _after_transaction_end},
+    # Before the application's own, which may change data in after_begin, or raise in after_commit.
+    insert=True,
+)
+_STATEMENTS: _Functions = {
     "do_execute": _do_execute,
     "do_executemany": _do_execute,
     "do_execute_no_params": _do_execute_no_params,
 }
+_TO_DIALECT = _Listeners(_STATEMENTS | _ERRORS if _IS_EVENT_OF_DIALECT else _STATEMENTS)
+# For attempts that may be replayed, in addition.
+_TO_SESSION_ON_TRIAL = _Listeners({"after_soft_rollback": _after_soft_rollback})
+_TO_ENGINE_ON_TRIAL = _Listeners({} if _IS_EVENT_OF_DIALECT else _ERRORS)
 
 
 #: ``PQTRANS_INERROR`` of libpq: in a failed transaction block.

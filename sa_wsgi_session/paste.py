@@ -36,6 +36,9 @@ The keys of the section.  One of ``session`` and ``sqlalchemy.url`` is needed:
     The dotted name of a callable that takes ``environ``; false means: the request passes untouched.
 ``environ_key``
     The prefix of the two keys in the environ.
+``retry.*``
+    The parameters of a :class:`~sa_wsgi_session.RetryPolicy`, as in ``retry.attempts = 5``; any one of them asks for
+    replays.  They are numbers, but ``retry.deadline`` may be ``none``, and ``retry.is_transient`` is a dotted name.
 
 All but the first three are what :class:`~sa_wsgi_session.SessionMiddleware` makes of them.  A dotted name is
 ``package.module:name`` or ``package.module.name``.  Code that calls these functions itself may give the objects instead
@@ -72,8 +75,9 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from sqlalchemy.util import asbool
 
 from ._binding import as_scoped_session, contextual_session
-from ._errors import type_name
-from ._middleware import SessionMiddleware, why_unusable
+from ._errors import type_name, why_unusable
+from ._middleware import SessionMiddleware
+from ._retry import RetryPolicy
 from ._scope import COMMIT_AT
 
 if TYPE_CHECKING:
@@ -100,6 +104,9 @@ def filter_factory(global_conf: Any, /, **local_conf: Any) -> Callable[[Applicat
     section.check_keys()
     options = {key: section.read(key) for key in local_conf if key in _KEYS}
     session = options.pop("session", Session)
+    policy = {key[len(_RETRY) :]: options.pop(key) for key in _KEYS if key.startswith(_RETRY) and key in options}
+    if policy:
+        options["retry"] = RetryPolicy(**policy)
     settings = {key: section.read(key) for key in local_conf if key not in _KEYS}
     # At last, when nothing else can be wrong: a section that is refused leaves no trace.
     if settings:
@@ -262,6 +269,23 @@ def _read_hook(section: _Section, key: str, value: Any) -> Any:
     return found
 
 
+def _read_limit(section: _Section, key: str, value: Any) -> Any:
+    found = _read_text(_number, section, key, value, "it cannot be read")
+    error = _try(lambda: RetryPolicy(**{key[len(_RETRY) :]: found}))[1]
+    if error is not None:
+        section.refuse(key, "no policy can have that", cause=error)
+    return found
+
+
+def _number(text: str) -> float | None:
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def _read_session(section: _Section, key: str, value: Any) -> Any:
     found = _read_text(_resolve, section, key, value, "the name cannot be resolved")
     scoped, error = _try(as_scoped_session, found)
@@ -299,6 +323,7 @@ def _read_url(section: _Section, key: str, value: Any) -> Any:
 
 _URL = "sqlalchemy.url"
 _PREFIX = "sqlalchemy."
+_RETRY = "retry."
 
 _KEYS = {
     "session": _Key(
@@ -311,6 +336,14 @@ _KEYS = {
     "commit_at": _Key(_read_moment, " or ".join(COMMIT_AT)),
     "activate_hook": _Key(_read_hook, "the dotted name of a callable that takes environ, such as package.module:hook"),
     "environ_key": _Key(_read_prefix, "the beginning of two keys in the environ, such as sa_wsgi_session"),
+    "retry.attempts": _Key(_read_limit, "how many attempts there may be, 1 or more"),
+    "retry.delay": _Key(_read_limit, "a number of seconds, 0 or more"),
+    "retry.max_delay": _Key(_read_limit, "a number of seconds, 0 or more"),
+    "retry.deadline": _Key(_read_limit, "a number of seconds, 0 or more, or none"),
+    "retry.max_body": _Key(_read_limit, "a whole number of bytes, 0 or more"),
+    "retry.is_transient": _Key(
+        _read_hook, "the dotted name of a callable that takes an exception, such as package.module:is_transient"
+    ),
 }
 
 #: The settings of an engine of which more can be said than that SQLAlchemy takes them or not.

@@ -459,12 +459,12 @@ def test_a_contextual_session_is_strict(reader, capsys):
 
 
 def test_the_table_of_what_is_detected_is_right(sqlite_url: URL):
-    from sa_wsgi_session._watching import changes
+    from sa_wsgi_session._watching import Effect, effect_of
 
     for statement in "WITH x AS (INSERT INTO t) SELECT 1", "SELECT 1 INTO t", "CREATE TABLE t (i int)", "CALL p()":
-        assert changes(statement), statement
+        assert effect_of(statement) is not Effect.READS, statement
     for statement in "SELECT 1 FROM t FOR UPDATE", "SELECT setval('s', 1)":
-        assert not changes(statement), statement
+        assert effect_of(statement) is Effect.READS, statement
 
 
 def test_a_request_with_a_copy_of_the_environ_joins(reader_of_readme):

@@ -1,0 +1,243 @@
+"""Lost races: when a unit of work is attempted once more, and what is known of the attempt until then.
+
+A unit of work under a :class:`RetryPolicy` has a :class:`Trial` for each attempt at it.  The listeners of ``_watching``
+tell that what the attempt meets and does.  When the attempt has failed, it decides whether another one follows: only
+where it failed *because of* a lost race, where nothing of it is durable, and as long as the policy allows it.
+
+This file knows errors and transactions.  It does not know HTTP: to begin anew is the business of the front doors.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import uniform
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DBAPIError
+
+from ._errors import log, type_name, warn_of_error, why_unusable
+from ._transient import Conflict, classify
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.orm import Session, SessionTransaction
+
+    from ._watching import Watch, Watched
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often, and how fast, a unit of work is replayed that has lost a race for the database.
+
+    ::
+
+        application = SessionMiddleware(application, Session, retry=RetryPolicy(attempts=5))
+
+    :param attempts: how many there may be, the first one included.
+    :param delay: the bound, in seconds, of the pause before the second attempt.  It doubles with each attempt.  The
+        pause is random, from nothing to that bound, so that those who collided do not collide again.
+    :param max_delay: what the bound does not exceed, in seconds.
+    :param deadline: no attempt begins later than so many seconds after the first one; ``None``: there is no deadline.
+    :param max_body: the largest body of a request, in bytes, that is kept to be read once more.  A request with a
+        larger one has a single attempt.
+    :param is_transient: called as ``is_transient(error)`` with an exception that is none of the known ones, perhaps
+        more than once; true means: a race was lost, and the unit of work may be replayed.
+    :raises TypeError: if an argument is of the wrong type.
+    :raises ValueError: if it has a wrong value.
+
+    What is replayed, and what never is: see *Lost races* in the guide.
+    """
+
+    attempts: int = 3
+    delay: float = 0.05
+    max_delay: float = 1.0
+    deadline: float | None = 10.0
+    max_body: int = 1024 * 1024
+    is_transient: Callable[[BaseException], object] | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("attempts", self.attempts, "a whole number, 1 or more", whole=True, least=1)
+        _check_number("delay", self.delay, "a number of seconds, 0 or more")
+        _check_number("max_delay", self.max_delay, "a number of seconds, 0 or more")
+        if self.deadline is not None:
+            _check_number("deadline", self.deadline, "a number of seconds, 0 or more, or None")
+        _check_number("max_body", self.max_body, "a whole number of bytes, 0 or more", whole=True)
+        unusable = why_unusable(self.is_transient)
+        if self.is_transient is not None and unusable:
+            raise TypeError(f"is_transient must be a callable that takes an exception, or None, not {unusable}")
+
+    def _classify(self, error: BaseException) -> Conflict | None:
+        conflict = classify(error)
+        if conflict is None and self.is_transient is not None:
+            try:
+                if self.is_transient(error):
+                    return Conflict(type_name(error))
+            except Exception as second:
+                warn_of_error(second, "is_transient failed; %s is taken for an error like any other", type_name(error))
+        return conflict
+
+
+def _check_number(name: str, value: object, accepted: str, *, whole: bool = False, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise TypeError(f"{name} must be {accepted}, not an object of type {type_name(value)}")
+    if not (value >= least and math.isfinite(value)):
+        raise ValueError(f"{name} must be {accepted}, not {value!r}")
+
+
+def check_retry(value: object) -> RetryPolicy | None:
+    """Return *value*, or raise ``TypeError`` where it is no policy."""
+    if value is None or isinstance(value, RetryPolicy):
+        return value
+    raise TypeError(f"retry must be a RetryPolicy, or None, not an object of type {type_name(value)}")
+
+
+class LostRace(Exception):
+    """An attempt is left although it has an answer, which tells of a lost race: another attempt follows."""
+
+
+class Trial:
+    """One attempt at a unit of work under a policy: what it meets and does, and whether another one follows."""
+
+    # Most attempts meet nothing: only where there is something to know is it written to the instance.
+
+    #: The last lost race that it has met.
+    _conflict: Conflict | None = None
+    #: The transaction of its session in which that was, and the SAVEPOINT in it; none if it was on another connection.
+    _transaction: SessionTransaction | None = None
+    _savepoint: SessionTransaction | None = None
+    #: What the session had sent by then.
+    _watch: Watch | None = None
+    #: Whether something that it did is durable, so that it can't be undone.
+    _committed = False
+    #: Whether nobody knows if a COMMIT has reached the database.
+    _unknown = False
+    #: The other connections on which it has changed something.
+    _elsewhere: tuple[Connection, ...] = ()
+    _decided = False
+    _pause = 0.0
+    #: Whether another attempt follows, once that is decided.
+    again = False
+    #: The exception, if any, that is handled where the unit of work is called: no attempt comes of it.
+    _outside: BaseException | None = None
+    number = 1
+
+    def __init__(self, policy: RetryPolicy, limit: int) -> None:
+        """The first attempt, of no more than *limit*."""
+        self._policy = policy
+        self._limit = limit
+        self._began = time.monotonic()
+        outside = sys.exc_info()[1]
+        if outside is not None:
+            self._outside = outside
+
+    def next(self) -> Trial:
+        """Pause; then this is the attempt that follows."""
+        time.sleep(self._pause)
+        trial = Trial(self._policy, self._limit)
+        trial._began, trial.number = self._began, self.number + 1
+        return trial
+
+    # What it is told by the listeners of ``_watching``
+
+    def has_committed(self) -> None:
+        """Something that it did is durable."""
+        self._committed = True
+
+    def changes_elsewhere(self, connection: Connection) -> bool:
+        """It changes something on *connection*, which its session does not use; true: for the first time."""
+        if connection in self._elsewhere:
+            return False
+        self._elsewhere += (connection,)
+        return True
+
+    def meets(self, error: BaseException, unit: Watched, *, own: bool) -> Conflict | None:
+        """*error* has come up, from its own session or from elsewhere; perhaps the application goes on regardless."""
+        conflict = self._policy._classify(error)
+        if conflict is None:
+            return None
+        self._conflict, self._watch = conflict, unit.watch
+        self._transaction = self._savepoint = None
+        self._unknown |= conflict.unknown
+        session = unit.binder.peek(unit) if own else None
+        if session is not None:
+            self._transaction, self._savepoint = session.get_transaction(), session.get_nested_transaction()
+            connections = sum(not connection.closed for connection in unit.connections)
+            # To SQLAlchemy, COMMIT is no statement.  (Neither is ROLLBACK; but if the connection was lost when that was
+            # sent, nobody can tell any more.  To connect is neither, but then there is no connection yet.)
+            if connections and isinstance(error, DBAPIError) and error.statement is None:
+                self._unknown |= conflict.disconnect
+                # Of several databases, an earlier one has committed perhaps.
+                self._committed |= connections > 1
+        return conflict
+
+    # What it is asked, once, when the unit has failed and is not rolled back yet
+
+    def failed(self, unit: Watched, error: BaseException, *, committing: bool) -> None:
+        """*error* ends the attempt, or its commit: decide whether another one follows."""
+        if self._decided or not isinstance(error, Exception):
+            return
+        # PostgreSQL refuses all that comes after a lost race, and so does a Session: with another error.
+        lost = self._conflict if self._is_pending(unit) else None
+        for link in _chain(error, self._outside):
+            lost = self.meets(link, unit, own=committing) or lost
+        self._decide(unit, lost)
+
+    def answered(self, unit: Watched) -> bool:
+        """The application has answered with an error of its own: decide whether another attempt follows."""
+        watch = unit.watch
+        if self._watch is not watch is not None and watch.changed:
+            return False  # it has rolled back and then done other work: the error comes of that
+        self._decide(unit, self._conflict)
+        return self.again
+
+    def _is_pending(self, unit: Watched) -> bool:
+        """Whether the session is still in the transaction, and the SAVEPOINT, that has met the lost race."""
+        session = unit.binder.peek(unit)
+        if session is None or self._transaction is None or self._transaction is not session.get_transaction():
+            return False
+        return self._savepoint is None or is_open(session, self._savepoint)
+
+    def _decide(self, unit: Watched, lost: Conflict | None) -> None:
+        if lost is None:
+            return
+        self._decided = True
+        number, limit, policy = self.number, self._limit, self._policy
+        if self._unknown:
+            log.warning(
+                "%s: the connection was lost during COMMIT, or the database could not tell its outcome (%s): whether "
+                "attempt %d is committed is unknown, so it is not replayed",
+                *(unit, lost.code, number),
+            )
+        elif self._committed:
+            log.debug("%s: attempt %d lost a race (%s) but has committed before: not replayed", unit, number, lost.code)
+        elif number < limit:
+            self._pause = uniform(0, min(policy.max_delay, policy.delay * 2.0 ** min(number - 1, 64)))
+            elapsed = time.monotonic() - self._began + self._pause
+            self.again = policy.deadline is None or elapsed <= policy.deadline
+            if self.again:
+                log.warning(
+                    "%s: attempt %d of %d lost a race (%s) and is replayed in %.3f seconds",
+                    *(unit, number, limit, lost.code, self._pause),
+                )
+
+
+def _chain(error: BaseException, outside: BaseException | None) -> Iterator[BaseException]:
+    """*error*, and the ones that it comes from, up to *outside*; the innermost first."""
+    found: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link is not outside and all(link is not known for known in found):
+        found.append(link)
+        link = link.__cause__ or link.__context__
+    return reversed(found)
+
+
+def is_open(session: Session, savepoint: SessionTransaction) -> bool:
+    """Whether *session* is still within *savepoint*."""
+    transaction = session.get_nested_transaction()
+    while transaction is not None and transaction is not savepoint:
+        transaction = transaction.parent
+    return transaction is not None
