@@ -31,6 +31,14 @@ FACTORIES = (Scoped.session_factory, Other.session_factory, Maker, sa_wsgi_sessi
 number = 42
 
 
+class Contention(Exception):
+    """Another way to lose a race."""
+
+
+def is_contention(error: BaseException) -> bool:
+    return isinstance(error, Contention)
+
+
 class Pool(NullPool):
     """A pool that is told by its name."""
 

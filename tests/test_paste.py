@@ -6,6 +6,7 @@ Servers that are given such a file: ``frameworks/test_paste_servers.py``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import re
 import sqlite3
@@ -30,7 +31,7 @@ from sqlalchemy.orm import Session, declarative_base, scoped_session, sessionmak
 from sqlalchemy.pool import NullPool, StaticPool
 
 import sa_wsgi_session.paste
-from sa_wsgi_session import NoActiveScope, SessionMiddleware, session_scope
+from sa_wsgi_session import NoActiveScope, RetryPolicy, SessionMiddleware, session_scope
 from sa_wsgi_session.paste import filter_app_factory, filter_factory
 from tests import paste_fixtures
 from tests.paste_fixtures import Contextual, Maker, Other, Scoped
@@ -38,6 +39,7 @@ from tests.support import PLAIN, Base, Exchange, Note, note, request
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paste.rst"
+PAGE_TEXT = PAGE.read_text("utf-8")
 
 
 def unbind(*factories: Any) -> None:
@@ -584,6 +586,35 @@ def test_activate_hook(folder):
     assert request(app, "/").content == b"True"
 
 
+def test_the_keys_of_the_policy_ask_for_replays(folder):
+    attempts: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        attempts.append(environ["sa_wsgi_session.scope"].attempt)
+        raise paste_fixtures.Contention
+
+    middleware = filter_factory(
+        {},
+        **{
+            "sqlalchemy.url": folder.database(),
+            "retry.attempts": "4",
+            "retry.delay": "0",
+            "retry.max_delay": "2.5",
+            "retry.deadline": "None",
+            "retry.max_body": "4096",
+            "retry.is_transient": "tests.paste_fixtures:is_contention",
+        },
+    )(app)
+    with pytest.raises(paste_fixtures.Contention):
+        request(middleware)
+    assert attempts == [1, 2, 3, 4]
+    assert middleware._retry == RetryPolicy(
+        attempts=4, delay=0, max_delay=2.5, deadline=None, max_body=4096, is_transient=paste_fixtures.is_contention
+    )
+    given_as_objects = filter_factory({}, session=Scoped, **{"retry.deadline": 3})(app)
+    assert given_as_objects._retry == RetryPolicy(deadline=3)
+
+
 def test_two_databases_have_two_environ_keys(folder):
     for name in "left", "right":
         folder.database(name)
@@ -676,7 +707,8 @@ def refusal(load: Callable[[], Any], *words: str) -> str:
 
 SCOPED = "session = tests.paste_fixtures:Scoped"
 URL_LINE = "sqlalchemy.url = postgresql+psycopg2://me:s3cret@localhost/notes"
-KEYS = "session, commit_veto, commit_at, activate_hook, environ_key, sqlalchemy.url"
+POLICY = "retry.attempts, retry.delay, retry.max_delay, retry.deadline, retry.max_body, retry.is_transient"
+KEYS = f"session, commit_veto, commit_at, activate_hook, environ_key, {POLICY}, sqlalchemy.url"
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
     # Keys
@@ -687,7 +719,31 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "neither of the two": (["commit_at = end"], ["session, sqlalchemy.url", "one of them is needed"]),
     "no such key": ([SCOPED, "fnord = 23"], ["fnord = '23'", "no such key;", KEYS]),
     "a misspelt key": ([SCOPED, "comit_veto = x:y"], ["comit_veto = 'x:y'", "(is commit_veto meant?)", KEYS]),
-    "a key of a later time": ([SCOPED, "retry.attempts = 3"], ["retry.attempts = '3'", "no such key", KEYS]),
+    "a misspelt key of the policy": (
+        [SCOPED, "retry.attemps = 3"],
+        ["retry.attemps = '3'", "(is retry.attempts meant?)", KEYS],
+    ),
+    "a policy of no attempts": (
+        [SCOPED, "retry.attempts = 0"],
+        ["retry.attempts = '0'", "1 or more, not 0", "how many"],
+    ),
+    "attempts that are no number": (
+        [SCOPED, "retry.attempts = many"],
+        ["retry.attempts = 'many'", "cannot be read", "how many"],
+    ),
+    "half an attempt": ([SCOPED, "retry.attempts = 2.5"], ["retry.attempts = '2.5'", "a whole number", "how many"]),
+    "no pause": ([SCOPED, "retry.delay = none"], ["retry.delay = 'none'", "seconds"]),
+    "an endless pause": ([SCOPED, "retry.max_delay = inf"], ["retry.max_delay = 'inf'", "seconds"]),
+    "a deadline in the past": ([SCOPED, "retry.deadline = -1"], ["retry.deadline = '-1'", "or none"]),
+    "a body that is no number": ([SCOPED, "retry.max_body = 1 MiB"], ["retry.max_body = '1 MiB'", "bytes"]),
+    "a test of errors that does not exist": (
+        [SCOPED, "retry.is_transient = tests.paste_fixtures:fnord"],
+        ["retry.is_transient = 'tests.paste_fixtures:fnord'", "cannot be resolved", "dotted name"],
+    ),
+    "a test of errors that is a class": (
+        [SCOPED, "retry.is_transient = builtins:ValueError"],
+        ["retry.is_transient = 'builtins:ValueError'", "the class builtins.ValueError", "dotted name"],
+    ),
     "a misspelt prefix": (
         ["sqlachemy.url = postgresql://me:s3cret@localhost/notes"],
         ["sqlachemy.url = 'postgresql://me:***@localhost/notes'", "(is sqlalchemy.url meant?)", KEYS],
@@ -1030,7 +1086,7 @@ def test_what_is_wrong_is_told_to_python_code_too(case):
 def blocks(title: str, language: str) -> list[str]:
     """The blocks in that language of one section of the page."""
     settings = {"report_level": 5, "halt_level": 5, "file_insertion_enabled": False, "syntax_highlight": "none"}
-    page = publish_doctree(PAGE.read_text("utf-8"), settings_overrides=settings)
+    page = publish_doctree(PAGE_TEXT, settings_overrides=settings)
     return [
         block.astext()
         for section in page.findall(nodes.section)
@@ -1116,16 +1172,18 @@ def test_page_keys(reader):
     assert bind_of(sa_wsgi_session.paste.Session).url.database == str(reader.folder.path / "guests.sqlite")
 
 
-@pytest.mark.parametrize(
-    "text", [PAGE.read_text("utf-8"), sa_wsgi_session.paste.__doc__ or ""], ids=["page", "docstring"]
-)
+@pytest.mark.parametrize("text", [PAGE_TEXT, sa_wsgi_session.paste.__doc__ or ""], ids=["page", "docstring"])
 def test_every_key_is_documented(text):
     documented = set(re.findall(r"^``([a-z_.*]+)``(?=\n| +[A-Z`])", text, re.MULTILINE))
+    if text is PAGE_TEXT:
+        assert documented >= {f"retry.{field.name}" for field in dataclasses.fields(RetryPolicy)}
+    documented = {"retry.*" if key.startswith("retry.") else key for key in documented}
     assert documented == {
-        "session", "sqlalchemy.url", "sqlalchemy.*", "commit_veto", "commit_at", "activate_hook", "environ_key",
+        "session", "sqlalchemy.url", "sqlalchemy.*", "commit_veto", "commit_at", "activate_hook", "environ_key", "retry.*",
     }  # fmt: skip
     accepted = refusal(lambda: filter_factory({}, fnord="23")).partition("accepted: ")[2]
-    assert set(re.findall(r"[a-z_.*]+[a-z_*]", accepted)) - {"and", "other", "keys"} == documented
+    named = set(re.findall(r"[a-z_.*]+[a-z_*]", accepted)) - {"and", "other", "keys"}
+    assert {"retry.*" if key.startswith("retry.") else key for key in named} == documented
 
 
 def test_page_a_url_alone(reader):
@@ -1201,7 +1259,7 @@ def test_page_errors(reader):
 
 
 def test_page_shows_nothing_that_is_not_tested():
-    page = PAGE.read_text("utf-8")
+    page = PAGE_TEXT
     assert page.count("code-block:: python") == 1 + 2 + 1
     assert page.count("code-block:: ini") == 1 + 2 + 1 + 1 + 1
     assert page.count("code-block:: text") == 1
