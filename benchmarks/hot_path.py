@@ -1,4 +1,4 @@
-"""What the middleware costs, beside the same application with its session managed by hand.
+"""What the middleware costs, beside the same application with its session managed by hand; and what a policy adds.
 
     python benchmarks/hot_path.py [--rounds 60] [--json FILE]
 
@@ -17,13 +17,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import declarative_base, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from sa_wsgi_session import SessionMiddleware, contextual_session
+from sa_wsgi_session import RetryPolicy, SessionMiddleware, contextual_session
 
 #: What makes a scoped session, by the kind of registry that it has.
 KINDS: dict[str, Any] = {"thread-local": scoped_session, "contextual": contextual_session}
@@ -128,11 +129,15 @@ def drain(body: Iterable[bytes]) -> None:
         close()
 
 
-def time_requests(app: Application, requests: int) -> float:
+#: As many entries as the environ of a browser's request has, which a policy copies.
+HEADERS = {f"HTTP_X_{number}": "value" for number in range(32)}
+
+
+def time_requests(app: Application, requests: int, headers: dict[str, str] | None = None) -> float:
     """Seconds per request."""
     begin = time.thread_time()
     for count in range(requests):
-        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "bench.count": count}
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "bench.count": count, **(headers or {})}
         for _ in app(environ, start_response):
             pass
     return (time.thread_time() - begin) / requests
@@ -174,13 +179,12 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+#: How many requests make a round.
+REQUESTS = {"no session": 400, "session only": 150, "one-row read": 40, "one-row write": 25}
+
+
 def measure_requests(rounds: int) -> Iterator[dict[str, Any]]:
-    for case, requests in {
-        "no session": 400,
-        "session only": 150,
-        "one-row read": 40,
-        "one-row write": 25,
-    }.items():
+    for case, requests in REQUESTS.items():
         contenders: dict[str, Callable[[], float]] = {}
         engines = []
 
@@ -205,6 +209,30 @@ def measure_requests(rounds: int) -> Iterator[dict[str, Any]]:
             }
         for engine in engines:
             engine.dispose()
+
+
+def measure_policy(rounds: int) -> Iterator[dict[str, Any]]:
+    """The same application, on the same engine and session, without a ``RetryPolicy`` and with one."""
+    for kind, make in KINDS.items():
+        engine = make_engine()
+        Session: Any = make(sessionmaker(engine))
+        for case, app in make_applications(Session).items():
+            without, with_policy = SessionMiddleware(app, Session), SessionMiddleware(app, Session, retry=RetryPolicy())
+            times = alternate(
+                {
+                    "without": partial(time_requests, without, REQUESTS[case], HEADERS),
+                    "with": partial(time_requests, with_policy, REQUESTS[case], HEADERS),
+                },
+                rounds,
+            )
+            extra = [(more - less) * 1e6 for more, less in zip(times["with"], times["without"], strict=True)]
+            yield {
+                "case": case,
+                "registry": kind,
+                "without_us": statistics.median(times["without"]) * 1e6,
+                "extra_us": quartiles(extra),
+            }
+        engine.dispose()
 
 
 def measure_chunks(rounds: int) -> Iterator[dict[str, Any]]:
@@ -243,6 +271,15 @@ def main() -> None:
         print(
             f"{result['case']:<16} {result['registry']:<14} {result['by_hand_us']:>7.1f} us {result['us']:>7.1f} us"
             f"   {middle:.3f} ({low:.3f}-{high:.3f})",
+            flush=True,
+        )
+    print(f"\n{'retry=RetryPolicy()':<20} {'registry':<14} {'without':>10}   more than that (quartiles)")
+    for result in measure_policy(arguments.rounds):
+        results.append(result)
+        low, middle, high = result["extra_us"]
+        print(
+            f"{result['case']:<20} {result['registry']:<14} {result['without_us']:>7.1f} us"
+            f"   {middle:+.2f} us ({low:+.2f} to {high:+.2f})",
             flush=True,
         )
     print(f"\n{'body':<26} {'registry':<14} {'bare':>8}   more than that (quartiles)")

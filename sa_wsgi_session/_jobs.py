@@ -184,7 +184,7 @@ def with_session(
         def in_scope(*args: Any, **kwargs: Any) -> _R:
             if retry is None or (propagation != "requires_new" and innermost(binder.key) is not None):
                 return attempt(None, args, kwargs)
-            trial = Trial(retry, retry.attempts)
+            trial = Trial(retry)
             while True:
                 try:
                     return attempt(trial, args, kwargs)

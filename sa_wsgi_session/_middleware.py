@@ -193,17 +193,16 @@ class SessionMiddleware:
 
     def _replay(self, environ: Environ, start_response: StartResponse, policy: RetryPolicy) -> Iterable[bytes]:
         """Attempts at the request, as long as they lose races and the policy allows another one."""
-        limit = policy.attempts
-        body = self._keep_body(environ, policy.max_body) if _may_have_body(environ) else None
-        if body is not None and not body.replayable:
-            limit = 1
+        trial = Trial(policy)
+        if _may_have_body(environ):
+            trial.rewind = self._keep_body(environ, policy.max_body).rewind
         as_it_was = environ.copy()
-        trial = Trial(policy, limit)
         while True:
             try:
                 return self._attempt(environ, start_response, trial)
             except Exception:
-                if not trial.again or (body is not None and not body.rewind()):
+                # Once more, because the application has closed its response since.
+                if not (trial.again and trial.rewind()):
                     raise
             # Out here: what comes up in the next attempt does not come of this exception.
             trial = trial.next()
@@ -415,8 +414,8 @@ class _Response:
         scope = self._scope
         if scope.trial is not None and scope.trial.answered(scope):
             raise LostRace(
-                f"{scope} has answered {self.status!r} because of a lost race, but has closed wsgi.input, so that the "
-                f"request cannot be replayed"
+                f"{scope} has answered {self.status!r} because of a lost race, and then closed wsgi.input with its "
+                f"response, so that the request cannot be replayed: leave wsgi.input to the server"
             )
 
     def _raise_error(self) -> None:

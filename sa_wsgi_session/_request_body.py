@@ -5,34 +5,70 @@ Imported only where there is a ``RetryPolicy``, because WebOb takes its time.
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from typing import IO, Any
 
 from webob.request import BaseRequest
+
+_AT_ONCE = 65536
 
 
 class RequestBody:
     """The body of a request that has one."""
 
-    __slots__ = ("_kept", "replayable")
+    __slots__ = ("_kept",)
 
     def __init__(self, environ: dict[str, Any], limit: int) -> None:
-        """Keep the body, unless it has more than *limit* bytes, or nobody knows how many.
+        """Keep the body, unless it has more than *limit* bytes, or nobody knows where it ends.
 
         :raises OSError: if the client hangs up before it has sent all of it.
 
         It is read here, before the application is called: a slow client holds no connection while it sends.
         """
+        self._kept: Any = None
         length = environ.get("CONTENT_LENGTH") or ""
-        #: Whether the request can be made once more, as far as its body is concerned.
-        self.replayable = length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= limit
-        if self.replayable:
+        if length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= limit:
             BaseRequest(environ).make_body_seekable()
             self._kept = environ["wsgi.input"]
+        elif not length and environ.get("wsgi.input_terminated"):
+            # WebOb would read all of it, however much that is.
+            self._keep_beginning(environ, limit)
+
+    def _keep_beginning(self, environ: dict[str, Any], limit: int) -> None:
+        rest = environ["wsgi.input"]
+        beginning = io.BytesIO()
+        missing = limit + 1
+        while missing and (data := rest.read(min(missing, _AT_ONCE))):
+            beginning.write(data)
+            missing -= len(data)
+        beginning.seek(0)
+        if missing:
+            self._kept = environ["wsgi.input"] = beginning
+        else:
+            environ["wsgi.input"] = io.BufferedReader(_Joined(beginning, rest))
 
     def rewind(self) -> bool:
-        """Begin it anew; false if that can't be done, because the application has closed it."""
+        """Begin it anew; false if that can't be done: it was not kept, or the application has closed it."""
+        if self._kept is None:
+            return False
         try:
             self._kept.seek(0)
         except (OSError, ValueError):
             return False
         return True
+
+
+class _Joined(io.RawIOBase):
+    """A body of which the beginning was read before."""
+
+    def __init__(self, beginning: IO[bytes], rest: IO[bytes]) -> None:
+        self._beginning = beginning
+        self._rest = rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._beginning.read(len(buffer)) or self._rest.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

@@ -84,7 +84,7 @@ class RetryPolicy:
 def _check_number(name: str, value: object, accepted: str, *, whole: bool = False, least: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise TypeError(f"{name} must be {accepted}, not an object of type {type_name(value)}")
-    if not (value >= least and math.isfinite(value)):
+    if not (least <= value < math.inf):
         raise ValueError(f"{name} must be {accepted}, not {value!r}")
 
 
@@ -97,6 +97,10 @@ def check_retry(value: object) -> RetryPolicy | None:
 
 class LostRace(Exception):
     """An attempt is left although it has an answer, which tells of a lost race: another attempt follows."""
+
+
+def _nothing_to_rewind() -> bool:
+    return True
 
 
 class Trial:
@@ -124,11 +128,12 @@ class Trial:
     #: The exception, if any, that is handled where the unit of work is called: no attempt comes of it.
     _outside: BaseException | None = None
     number = 1
+    #: Gives back what the attempt has consumed; false if that can't be done.
+    rewind: Callable[[], bool] = staticmethod(_nothing_to_rewind)
 
-    def __init__(self, policy: RetryPolicy, limit: int) -> None:
-        """The first attempt, of no more than *limit*."""
+    def __init__(self, policy: RetryPolicy) -> None:
+        """The first attempt."""
         self._policy = policy
-        self._limit = limit
         self._began = time.monotonic()
         outside = sys.exc_info()[1]
         if outside is not None:
@@ -137,8 +142,8 @@ class Trial:
     def next(self) -> Trial:
         """Pause; then this is the attempt that follows."""
         time.sleep(self._pause)
-        trial = Trial(self._policy, self._limit)
-        trial._began, trial.number = self._began, self.number + 1
+        trial = Trial(self._policy)
+        trial._began, trial.number, trial.rewind = self._began, self.number + 1, self.rewind
         return trial
 
     # What it is told by the listeners of ``_watching``
@@ -205,7 +210,7 @@ class Trial:
         if lost is None:
             return
         self._decided = True
-        number, limit, policy = self.number, self._limit, self._policy
+        number, policy = self.number, self._policy
         if self._unknown:
             log.warning(
                 "%s: the connection was lost during COMMIT, or the database could not tell its outcome (%s): whether "
@@ -214,14 +219,14 @@ class Trial:
             )
         elif self._committed:
             log.debug("%s: attempt %d lost a race (%s) but has committed before: not replayed", unit, number, lost.code)
-        elif number < limit:
+        elif number < policy.attempts and self.rewind():
             self._pause = uniform(0, min(policy.max_delay, policy.delay * 2.0 ** min(number - 1, 64)))
             elapsed = time.monotonic() - self._began + self._pause
             self.again = policy.deadline is None or elapsed <= policy.deadline
             if self.again:
                 log.warning(
                     "%s: attempt %d of %d lost a race (%s) and is replayed in %.3f seconds",
-                    *(unit, number, limit, lost.code, self._pause),
+                    *(unit, number, policy.attempts, lost.code, self._pause),
                 )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import configparser
 import logging
 import re
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +19,7 @@ from docutils.core import publish_doctree
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
-from sa_wsgi_session import NoActiveScope, SessionMiddleware
+from sa_wsgi_session import NoActiveScope, RetryPolicy, SessionMiddleware
 from tests.support import Exchange, make_environ
 from tests.support import request as make_request
 
@@ -190,6 +192,39 @@ def test_what_is_done_after_the_commit(reader):
     dry_run = visit(reader.wrap("invite"), "/Grace", QUERY_STRING="dry-run")
     assert (dry_run.status, dry_run.content) == ("200 OK", b"Grace is invited\n")
     assert (len(sent), reader.guests()) == (1, {"Ada"})
+
+
+class Rival:
+    """Another writer of the SQLite file, who gives way as soon as somebody has lost against it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.won = 0
+        # Without a rest for those who wait.
+        engine.dispose()
+        sa.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 0"))
+        sa.event.listen(engine, "handle_error", self._give_way)
+        self._connection = sqlite3.connect(str(engine.url.database), isolation_level=None)
+
+    def write(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def _give_way(self, context: Any) -> None:
+        assert "database is locked" in str(context.original_exception)
+        self.won += 1
+        self._connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@section(README, "Lost races")
+def test_a_lost_race_is_replayed(reader):
+    reader.run()
+    with closing(Rival(reader["engine"])) as rival:
+        rival.write()
+        assert visit(reader["application"], "/Ada").status == "200 OK"
+    assert rival.won == 1
+    assert reader.guests() == {"Ada"}
 
 
 @section(README, "Two databases")
@@ -427,6 +462,47 @@ def test_a_callback_has_a_unit_of_work_of_its_own(reader):
     with pytest.raises(IntegrityError):
         visit(reader.wrap("bring_a_friend"), QUERY_STRING="Ada")
     assert reader.guests() == {"Ada", "a friend of Ada"}
+
+
+@section(GUIDE, "Lost races")
+def test_lost_races_of_requests_and_of_jobs_are_replayed(reader):
+    reader.run()
+    with closing(Rival(reader["engine"])) as rival:
+        rival.write()
+        assert visit(reader["application"], "/Ada").status == "200 OK"
+        rival.write()
+        reader["purge"]()
+    assert rival.won == 2
+    assert reader.guests() == set()
+
+
+@section(GUIDE, "What is replayed")
+def test_what_is_transient_can_be_added_to(reader):
+    reader.names["RetryPolicy"] = RetryPolicy
+    reader.run()
+    attempts = []
+
+    class LockTimeout(Exception):
+        sqlstate = "55P03"
+
+    def impatient(environ: Any, start_response: Any) -> Any:
+        attempts.append(1)
+        raise DatabaseError("SELECT 1", {}, LockTimeout())
+
+    with pytest.raises(DatabaseError):
+        visit(reader["SessionMiddleware"](impatient, reader["Session"], retry=reader["policy"]))
+    assert len(attempts) == 3
+
+
+@section(GUIDE, "What must be idempotent")
+def test_mail_is_sent_once(reader):
+    sent: list[str] = []
+    reader.names["send_mail"] = sent.append
+    reader.run()
+    with closing(Rival(reader["engine"])) as rival:
+        rival.write()
+        response = visit(reader.wrap("order", retry=RetryPolicy()), QUERY_STRING="Ada")
+    assert (response.content, sent) == (b"attempt 2\n", ["Ada"])
 
 
 @section(GUIDE, "Logging")
