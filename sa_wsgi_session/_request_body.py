@@ -13,6 +13,12 @@ from webob.request import BaseRequest
 _AT_ONCE = 65536
 
 
+class _Request(BaseRequest):
+    #: Up to so many bytes WebOb keeps in memory.  Its own limit is 10 KiB; but a temporary file costs more than the whole
+    #: request, and nobody can close it, because nobody knows who reads it last: Python would warn of that.
+    request_body_tempfile_limit = 4 * 1024 * 1024
+
+
 class RequestBody:
     """The body of a request that has one."""
 
@@ -28,7 +34,7 @@ class RequestBody:
         self._kept: Any = None
         length = environ.get("CONTENT_LENGTH") or ""
         if length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= limit:
-            BaseRequest(environ).make_body_seekable()
+            _Request(environ).make_body_seekable()
             self._kept = environ["wsgi.input"]
         elif not length and environ.get("wsgi.input_terminated"):
             # WebOb would read all of it, however much that is.
