@@ -14,8 +14,8 @@ _AT_ONCE = 65536
 
 
 class _Request(BaseRequest):
-    #: Up to so many bytes WebOb keeps in memory.  Its own limit is 10 KiB; but a temporary file costs more than the whole
-    #: request, and nobody can close it, because nobody knows who reads it last: Python would warn of that.
+    #: Up to so many bytes WebOb keeps in memory.  Its own limit is 10 KiB; but a temporary file takes its time, and
+    #: Python warns that nobody has closed it, because nobody knows who reads it last.
     request_body_tempfile_limit = 4 * 1024 * 1024
 
 

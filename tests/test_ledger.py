@@ -382,6 +382,46 @@ class TestCases:
         assert "<li>£10.00 from Ada to Grace</li>" in visitor.open().text
         assert books.balances["Grace"] == before["Grace"] + 20_00
 
+    def test_two_transfers_that_collide_are_both_in_the_books(self, ledger, visitor, books, caplog):
+        before = books.balances
+
+        assert visitor.send("/cases/collision").status == 303
+
+        assert books.balances == {
+            **before,
+            "Ada": before["Ada"] - 15_00,
+            "Grace": before["Grace"] + 10_00,
+            "Alan": before["Alan"] + 5_00,
+        }
+        newest = books.query("SELECT memo FROM transfers ORDER BY id DESC LIMIT 2")
+        assert newest == [("Collided",), ("Standing order",)]
+        assert list(ledger.views.receipts) == ["£10.00 from Ada to Grace"]
+        shown = [visitor.seen(path) for path in ("/cases/collision", "standing order")]
+        assert [(line["status"], line["outcome"], line["attempts"]) for line in shown] == [
+            ("303", "committed", 2),
+            ("done", "committed", 1),
+        ]
+        page = visitor.open().text
+        assert "Attempt 1 lost the race against a standing order of £5.00; attempt 2 got through." in page
+        assert '<span class="committed">committed</span> <span class="attempt">attempt 2</span>' in page
+        check_html(page)
+        [warning] = [record.getMessage() for record in caplog.records if record.name == "sa_wsgi_session"]
+        assert "attempt 1 of 3 lost a race (SQLite BUSY)" in warning
+        assert ledger.engine.pool.checkedout() == 0
+
+    def test_the_loser_of_a_race_reads_what_the_winner_has_left(self, ledger, visitor, books, payment):
+        visitor.send("/transfer", {**payment, "amount": f"{(books.balances['Ada'] - 12_00) / 100:.2f}"})
+        before = books.balances
+
+        answer = visitor.send("/cases/collision")
+
+        assert answer.status == 400
+        assert "Ada has only £7.00." in answer.text
+        assert books.balances == {**before, "Ada": 7_00, "Alan": before["Alan"] + 5_00}
+        line = visitor.seen("/cases/collision")
+        assert (line["outcome"], line["attempts"]) == ("no change", 2)
+        assert len(ledger.views.receipts) == 1  # of what Ada has spent before
+
     def test_the_statement_is_complete(self, ledger, visitor, books):
         visitor.send("/cases/after-commit")
 

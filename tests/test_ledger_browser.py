@@ -205,6 +205,19 @@ class TestButtons:
         assert page.text("#receipts") == "£10.00 from Ada to Grace"
         assert books.balances == {**before, "Ada": before["Ada"] - 1000, "Grace": before["Grace"] + 1000}
 
+    def test_two_transfers_that_collide(self, page, books):
+        before = books.balances
+        page.press_and_follow("Transfer and collide")
+        assert page.text("main .good").endswith("; attempt 2 got through.")
+        assert "POST /cases/collision 303 committed attempt 2" in page.text("#requests")
+        assert page.text("#receipts") == "£10.00 from Ada to Grace"
+        assert books.balances == {
+            **before,
+            "Ada": before["Ada"] - 1500,
+            "Grace": before["Grace"] + 1000,
+            "Alan": before["Alan"] + 500,
+        }
+
     def test_stream_the_statement(self, page, books):
         page.press("Stream the statement")
         lines = page.downloaded("statement.csv").decode().splitlines()
@@ -254,6 +267,7 @@ class TestLivePanel:
 
         visitor.send("/cases/crash")
         visitor.send("/cases/after-commit")
+        visitor.send("/cases/collision")
         ledger.start_jobs(every=0.01)
         visitor.seen("interest")
         ledger.close()
@@ -262,6 +276,8 @@ class TestLivePanel:
         wait_until(lambda: "job interest done committed" in browser.text("#requests"))
         assert "POST /cases/crash 500 rolled back" in browser.text("#requests")
         assert "POST /cases/after-commit 303 committed" in browser.text("#requests")
+        assert "POST /cases/collision 303 committed attempt 2" in browser.text("#requests")
+        assert browser.text("#news") == "POST /cases/collision: 303, committed, attempt 2"
 
         ada = books.ids["Ada"]
         shown = f"£{books.balances['Ada'] / 100:,.2f}"
@@ -302,7 +318,7 @@ class TestPage:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_all_text_is_legible(self, browser, visitor, scheme):
         browser.prefer(color_scheme=scheme, reduced_motion="reduce")
-        visitor.send("/cases/after-commit")
+        visitor.send("/cases/collision")
         visitor.send("/cases/crash")
         browser.open()
         assert browser.driver.execute_script(FAINT_TEXT) == []
@@ -312,6 +328,7 @@ class TestPage:
 
     def test_no_width_needs_sideways_scrolling(self, browser, visitor):
         visitor.send("/cases/refused-commit")
+        visitor.send("/cases/collision")
         browser.open()
         for width in (320, 360, 800, 1280, 1920):
             browser.resize(width, 800)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sa_wsgi_session import SessionMiddleware
+from sa_wsgi_session import RetryPolicy, SessionMiddleware
 
 from .jobs import Scheduler, pay_interest
 from .model import Session, open_books
@@ -22,7 +22,7 @@ class Ledger:
         self.views = Application()
 
         # The one line that this example is about:
-        application: WSGIApplication = SessionMiddleware(self.views, Session)
+        application: WSGIApplication = SessionMiddleware(self.views, Session, retry=RetryPolicy())
 
         self.panel = Panel(ErrorPage(application), self.engine)
         self.application: WSGIApplication = SecurityHeaders(self.panel)

@@ -259,7 +259,7 @@ def _panel(panel: Mapping[str, Any]) -> str:
         f"<td>{_e(line['method'])}</td>"
         f'<td class="path">{_e(line["path"])}</td>'
         f"<td>{_e(line['status'])}</td>"
-        f'<td><span class="{_e(line["kind"])}">{_e(line["outcome"])}</span></td>'
+        f'<td><span class="{_e(line["kind"])}">{_e(line["outcome"])}</span>{_attempt(line["attempts"])}</td>'
         f'<td class="number">{line["statements"]}</td>'
         f'<td class="number">{line["milliseconds"]:.1f}</td>'
         "</tr>"
@@ -284,6 +284,10 @@ def _panel(panel: Mapping[str, Any]) -> str:
 </table>
 </div>
 </section>"""
+
+
+def _attempt(number: int) -> str:
+    return f' <span class="attempt">attempt {number}</span>' if number > 1 else ""
 
 
 def _token(token: str) -> str:

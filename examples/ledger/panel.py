@@ -3,7 +3,8 @@
 It knows nothing of ``sa_wsgi_session`` and asks it nothing: what it shows is what SQLAlchemy's own
 events tell. What a request has written is *committed* once the session reports a commit that
 succeeded. What it has written and not committed when its connection goes back to the pool is
-*rolled back*. It is demonstration code, made to be plain and not to be quick.
+*rolled back*. What begins anew after SQLite has refused a statement, because somebody else was
+quicker, is *another attempt*. It is demonstration code, made to be plain and not to be quick.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .safety import WSGIApplication
 _REQUESTS_SHOWN = 15
 _JOBS_SHOWN = 3
 _WRITES = ("INSERT", "UPDATE", "DELETE")
+_SQLITE_BUSY = "database is locked"
 
 #: The request or job whose code runs here and now.
 _current: contextvars.ContextVar[_Record | None] = contextvars.ContextVar("record", default=None)
@@ -46,6 +48,9 @@ class _Record:
     undecided: int = 0
     #: "committed" and "rolled back", in the order in which it happened.
     decisions: list[str] = field(default_factory=list)
+    attempts: int = 1
+    #: Whether this attempt has lost a race.
+    lost_race: bool = False
     connections: int = 0
     units: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -63,6 +68,15 @@ class _Record:
         if self.undecided and decision not in self.decisions[-1:]:
             self.decisions.append(decision)
         self.undecided = 0
+
+    def count_unit(self, step: int) -> None:
+        self.units += step
+        if step > 0 and self.lost_race:
+            self.lost_race = False
+            self.attempts += 1
+            # It is this attempt that counts now, and no longer the one that was undone.
+            if self.decisions[-1:] == ["rolled back"]:
+                self.decisions.pop()
 
     @property
     def outcome(self) -> tuple[str, str]:
@@ -86,6 +100,7 @@ class _Record:
             "status": self.status,
             "kind": kind,
             "outcome": outcome,
+            "attempts": self.attempts,
             "statements": self.statements,
             "milliseconds": round(seconds * 1000, 1),
         }
@@ -109,6 +124,7 @@ class Panel:
             (engine, "before_cursor_execute", self._on_statement),
             (engine, "checkout", self._on_checkout),
             (engine, "checkin", self._on_checkin),
+            (engine, "handle_error", self._on_error),
             (model.Session, "after_transaction_create", self._on_unit_begin),
             (model.Session, "after_transaction_end", self._on_unit_end),
             (model.Session, "after_commit", self._on_commit),
@@ -125,7 +141,7 @@ class Panel:
         path = environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace")
         if path == "/panel.json":
             return self._answer(start_response)
-        environ["ledger.panel"] = self.snapshot
+        environ["ledger.panel"] = self
         if path.startswith("/static/"):
             return self.application(environ, start_response)
 
@@ -228,6 +244,11 @@ class Panel:
             # No transaction outlives its connection's return to the pool.
             record.decide("rolled back")
 
+    def _on_error(self, context: Any) -> None:
+        record = _current.get()
+        if record is not None and str(context.original_exception) == _SQLITE_BUSY:
+            record.lost_race = True
+
     def _on_commit(self, _session: Any) -> None:
         record = _current.get()
         if record is not None:
@@ -244,7 +265,7 @@ class Panel:
             return
         record = _current.get()
         if record is not None:
-            record.units += step
+            record.count_unit(step)
         with self._lock:
             self._units += step
 

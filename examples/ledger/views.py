@@ -12,6 +12,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from webob import Request, Response
 from webob.static import FileApp
 
-from sa_wsgi_session import current_scope
+from sa_wsgi_session import current_scope, session_scope
 
 from . import pages
 from .jobs import INTEREST_MEMO
@@ -45,6 +46,7 @@ LARGEST_FORM = 10_000  # bytes
 REPORT_FEE = 1_00
 REPORT_PAGES = 60
 _TEN_POUNDS = 10_00
+_STANDING_ORDER = 5_00
 _ROWS_AT_ONCE = 50
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _AMOUNT = re.compile(r"([0-9]{1,7})(?:[.,]([0-9]{1,2}))?")
@@ -98,6 +100,13 @@ CASES = [
         "Transfer with a receipt",
     ),
     pages.Case(
+        "/cases/collision",
+        "Two transfers that collide",
+        "Before the view has moved £10 from Ada to Grace, a standing order moves £5 from Ada to Alan, and SQLite "
+        "refuses the slower one. The request is replayed: both are in the books, with one receipt.",
+        "Transfer and collide",
+    ),
+    pages.Case(
         "/cases/download",
         "A download, cancelled midway",
         "Ada is charged £1 while a slow report streams. Cancel the download, and the charge is "
@@ -133,6 +142,7 @@ class Application:
             ("POST", "/cases/download"): self.download,
             ("POST", "/cases/dry-run"): self.dry_run,
             ("POST", "/cases/after-commit"): self.after_commit,
+            ("POST", "/cases/collision"): self.collision,
         }
 
     # The page and the transfer form.
@@ -157,7 +167,7 @@ class Application:
                 latest=[(name, memo, pounds(pence)) for name, memo, pence in latest],
                 receipts=list(self.receipts),
                 cases=CASES,
-                panel=request.environ["ledger.panel"](),
+                panel=request.environ["ledger.panel"].snapshot(),
                 flash=self.guard.take_flash(request, response),
                 form=form or pages.Form(),
             )
@@ -220,6 +230,26 @@ class Application:
     def after_commit(self, request: Request) -> Response:
         """The receipt is sent by ``on_commit``: after the money has moved, or never."""
         return self._back(request, self._ten_pounds("With a receipt"))
+
+    def collision(self, request: Request) -> Response:
+        """Loses a race in its first attempt: the whole view is called once more, as if for the first time."""
+
+        def standing_order() -> None:
+            with request.environ["ledger.panel"].job("standing order"), session_scope(Session):
+                move(account_named("Ada"), account_named("Alan"), _STANDING_ORDER, "Standing order")
+
+        attempt = current_scope(Session).attempt
+        if attempt == 1:
+            # Staged from here ... sqlite3 by itself begins a transaction with the first change. This one begins before
+            # it reads, and what it has read is out of date when it comes to write: SQLite refuses that.
+            Session.connection().exec_driver_sql("BEGIN")
+            ensure_funds(account_named("Ada"), _TEN_POUNDS)
+            with ThreadPoolExecutor(1) as somebody_else:
+                somebody_else.submit(standing_order).result()
+            # ... to here. The rest is a transfer like any other.
+        done = self._ten_pounds("Collided")
+        order = f"a standing order of {pounds(_STANDING_ORDER)}"
+        return self._back(request, f"{done} Attempt 1 lost the race against {order}; attempt {attempt} got through.")
 
     def statement(self, request: Request) -> Response:
         """The query runs here; its rows are read while they are sent."""

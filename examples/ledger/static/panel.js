@@ -25,6 +25,12 @@
     span.className = line.kind;
     span.textContent = line.outcome;
     td.append(span);
+    if (line.attempts > 1) {
+      const attempt = document.createElement("span");
+      attempt.className = "attempt";
+      attempt.textContent = `attempt ${line.attempts}`;
+      td.append(" ", attempt);
+    }
     return td;
   };
 
@@ -48,7 +54,8 @@
     const last = requests.find((line) => line.method !== "job" && line.kind !== "running");
     if (!last) return;
     if (announced !== null && last.number !== announced) {
-      setText(byId("news"), `${last.method} ${last.path}: ${last.status}, ${last.outcome}`);
+      const attempt = last.attempts > 1 ? `, attempt ${last.attempts}` : "";
+      setText(byId("news"), `${last.method} ${last.path}: ${last.status}, ${last.outcome}${attempt}`);
     }
     announced = last.number;
   };
