@@ -140,7 +140,7 @@ def is_in_a_scope() -> bool:
     return True
 
 
-def make_sqlite_transactional(engine: Engine) -> None:
+def make_sqlite_transactional(engine: Engine, journal_mode: str = "MEMORY") -> None:
     """Let SQLAlchemy begin SQLite's transactions, as its documentation advises where SAVEPOINTs are used."""
 
     @event.listens_for(engine, "connect")
@@ -148,7 +148,7 @@ def make_sqlite_transactional(engine: Engine) -> None:
         connection.isolation_level = None
         # For speed: nobody will miss these files after a power cut.
         connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("PRAGMA journal_mode = MEMORY")
+        connection.execute(f"PRAGMA journal_mode = {journal_mode}")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:

@@ -1179,7 +1179,8 @@ def test_every_key_is_documented(text):
         assert documented >= {f"retry.{field.name}" for field in dataclasses.fields(RetryPolicy)}
     documented = {"retry.*" if key.startswith("retry.") else key for key in documented}
     assert documented == {
-        "session", "sqlalchemy.url", "sqlalchemy.*", "commit_veto", "commit_at", "activate_hook", "environ_key", "retry.*",
+        "session", "sqlalchemy.url", "sqlalchemy.*", "commit_veto", "commit_at", "activate_hook", "environ_key",
+        "retry.*",
     }  # fmt: skip
     accepted = refusal(lambda: filter_factory({}, fnord="23")).partition("accepted: ")[2]
     named = set(re.findall(r"[a-z_.*]+[a-z_*]", accepted)) - {"and", "other", "keys"}
