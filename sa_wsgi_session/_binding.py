@@ -23,7 +23,7 @@ This file knows registries, threads and contexts.  It does not know transactions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
@@ -106,6 +106,15 @@ def innermost(key: object = None) -> Unit | None:
             return unit
         frame = frame.outer
     return None
+
+
+def units_around(unit: Unit) -> Iterator[Unit]:
+    """The units bound around *unit*, which is bound here."""
+    frame = unit.frame.outer
+    while frame is not None:
+        if frame.unit is not None:
+            yield frame.unit
+        frame = frame.outer
 
 
 def is_here(unit: Unit) -> bool:

@@ -102,6 +102,7 @@ class SessionMiddleware:
         "_binder",
         "_commit_at",
         "_commit_veto",
+        "_is_listening",
         "_keep_body",
         "_retry",
         "_scope_key",
@@ -163,7 +164,7 @@ class SessionMiddleware:
                 f"environ_key={environ_key!r}, so neither could be told from the other in the "
                 f"environ: give one of them another environ_key"
             )
-        listen(self._binder, trials=retry is not None)
+        self._is_listening = listen(self._binder, trials=retry is not None)
         if retry is not None:
             from ._request_body import RequestBody
 
@@ -193,6 +194,9 @@ class SessionMiddleware:
 
     def _replay(self, environ: Environ, start_response: StartResponse, policy: RetryPolicy) -> Iterable[bytes]:
         """Attempts at the request, as long as they lose races and the policy allows another one."""
+        if not self._is_listening:
+            # The session was bound since, perhaps.
+            self._is_listening = listen(self._binder, trials=True)
         trial = Trial(policy)
         if _may_have_body(environ):
             trial.rewind = self._keep_body(environ, policy.max_body).rewind
@@ -265,13 +269,13 @@ class SessionMiddleware:
 
 
 def _may_have_body(environ: Environ) -> bool:
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        return True
     length = environ.get("CONTENT_LENGTH")
     if length:
         return bool(length != "0")
-    # Without a length it ends where the server says so; but servers say so of every request.
-    return "HTTP_TRANSFER_ENCODING" in environ or (
-        environ.get("wsgi.input_terminated", False) and environ.get("REQUEST_METHOD") not in _WITHOUT_BODY
-    )
+    # Without a length it ends where the server says so; but some servers say so of every request.
+    return environ.get("wsgi.input_terminated", False) and environ.get("REQUEST_METHOD") not in _WITHOUT_BODY
 
 
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})

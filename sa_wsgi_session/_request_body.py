@@ -32,8 +32,9 @@ class RequestBody:
         It is read here, before the application is called: a slow client holds no connection while it sends.
         """
         self._kept: Any = None
-        length = environ.get("CONTENT_LENGTH") or ""
-        if length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= limit:
+        # Transfer-Encoding overrides the length (RFC 9112, Message Body Length).
+        length = environ.get("CONTENT_LENGTH") if "HTTP_TRANSFER_ENCODING" not in environ else None
+        if length and length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= limit:
             _Request(environ).make_body_seekable()
             self._kept = environ["wsgi.input"]
         elif not length and environ.get("wsgi.input_terminated"):

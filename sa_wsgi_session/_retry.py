@@ -13,12 +13,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from random import uniform
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
+from ._binding import units_around
 from ._errors import log, type_name, warn_of_error, why_unusable
 from ._transient import Conflict, classify
 
@@ -53,6 +54,7 @@ class RetryPolicy:
     """
 
     attempts: int = 3
+    _: KW_ONLY
     delay: float = 0.05
     max_delay: float = 1.0
     deadline: float | None = 10.0
@@ -181,14 +183,14 @@ class Trial:
 
     # What it is asked, once, when the unit has failed and is not rolled back yet
 
-    def failed(self, unit: Watched, error: BaseException, *, committing: bool) -> None:
-        """*error* ends the attempt, or its commit: decide whether another one follows."""
+    def failed(self, unit: Watched, error: BaseException) -> None:
+        """*error* ends the attempt: decide whether another one follows."""
         if self._decided or not isinstance(error, Exception):
             return
         # PostgreSQL refuses all that comes after a lost race, and so does a Session: with another error.
         lost = self._conflict if self._is_pending(unit) else None
         for link in _chain(error, self._outside):
-            lost = self.meets(link, unit, own=committing) or lost
+            lost = self.meets(link, unit, own=False) or lost
         self._decide(unit, lost)
 
     def answered(self, unit: Watched) -> bool:
@@ -206,6 +208,14 @@ class Trial:
             return False
         return self._savepoint is None or is_open(session, self._savepoint)
 
+    def _is_open_elsewhere(self, unit: Watched) -> bool:
+        """Whether it has begun something that goes on without it, and would be done twice."""
+        if any(connection.in_transaction() for connection in self._elsewhere):
+            return True
+        # In a unit around this one, whose session has not been flushed yet.
+        sessions = (outer.binder.peek(outer) for outer in units_around(unit))
+        return any(session is not None and (session.new or session.dirty or session.deleted) for session in sessions)
+
     def _decide(self, unit: Watched, lost: Conflict | None) -> None:
         if lost is None:
             return
@@ -217,8 +227,8 @@ class Trial:
                 "attempt %d is committed is unknown, so it is not replayed",
                 *(unit, lost.code, number),
             )
-        elif self._committed:
-            log.debug("%s: attempt %d lost a race (%s) but has committed before: not replayed", unit, number, lost.code)
+        elif self._committed or self._is_open_elsewhere(unit):
+            log.debug("%s: attempt %d lost a race (%s) but has done what can't be undone", unit, number, lost.code)
         elif number < policy.attempts and self.rewind():
             self._pause = uniform(0, min(policy.max_delay, policy.delay * 2.0 ** min(number - 1, 64)))
             elapsed = time.monotonic() - self._began + self._pause

@@ -226,11 +226,11 @@ class SessionScope(Watched):
         self.attempt = trial.number
         self.watching = True
 
-    def _fail(self, error: BaseException, *, committing: bool = False) -> None:
+    def _fail(self, error: BaseException) -> None:
         """*error* ends this unit, which is not rolled back yet."""
         self._refused = True
         if self.trial is not None:
-            self.trial.failed(self, error, committing=committing)
+            self.trial.failed(self, error)
 
     def _settle(self) -> None:
         """The status of a streamed response is known: conclude the first half, unless it has to wait for the body."""
@@ -290,7 +290,7 @@ class SessionScope(Watched):
             try:
                 self._commit(session)
             except BaseException as error:
-                self._fail(error, committing=True)
+                self._fail(error)
                 with self._first_error_stays():
                     self._roll_back(session)
                 if self.callbacks is not None:
@@ -321,9 +321,9 @@ class SessionScope(Watched):
                 self._run_callbacks()
             raise
         self._leave()
-        self.trial = None
         if self.callbacks is not None:
             self._run_callbacks()
+        self.trial = None
 
     def _end_after_error(self, error: BaseException) -> None:
         """The same, while *error* is on its way: nothing is committed, and it stays the one that is raised."""

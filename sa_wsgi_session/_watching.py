@@ -177,10 +177,11 @@ def _effect_of_part(part: str) -> Effect:
     return Effect.READS
 
 
-def listen(binder: Binder, *, trials: bool = False) -> None:
+def listen(binder: Binder, *, trials: bool = False) -> bool:
     """Listen to the sessions of *binder*; once for each class of sessions, however often called.
 
     :param trials: whether there will be attempts that may be replayed.
+    :return: whether their engine is known, and listened to.
 
     To be called as early as may be: SQLAlchemy cannot add a listener while another thread is calling those that it has.
     """
@@ -189,16 +190,20 @@ def listen(binder: Binder, *, trials: bool = False) -> None:
     if trials:
         _TO_SESSION_ON_TRIAL.register(session_class)
     options = getattr(binder.factory, "kw", None)
-    if isinstance(options, dict):
-        for bind in (options.get("bind"), *(options.get("binds") or {}).values()):
-            if bind is not None:
-                _listen_to_connections(bind, trials)
+    if not isinstance(options, dict):
+        return False
+    binds = [bind for bind in (options.get("bind"), *(options.get("binds") or {}).values()) if bind is not None]
+    for bind in binds:
+        _listen_to_connections(bind, trials)
+    return bool(binds)
 
 
-def _listen_to_connections(bind: Engine | Connection, trials: bool) -> None:
-    _TO_DIALECT.register(bind.dialect)
+def _listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
+    """Listen to all connections of *bind*; true: from now on only."""
+    is_new = _TO_DIALECT.register(bind.dialect)
     if trials and not _IS_EVENT_OF_DIALECT:
-        _TO_ENGINE_ON_TRIAL.register(bind.engine)
+        is_new = _TO_ENGINE_ON_TRIAL.register(bind.engine) or is_new
+    return is_new
 
 
 _Functions = dict[str, Callable[..., None]]
@@ -214,14 +219,17 @@ class _Listeners:
         # may have inherited from a dead one.)
         self._targets: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def register(self, target: object) -> None:
+    def register(self, target: object) -> bool:
+        """Register them; false if they were before."""
         if target in self._targets:
-            return
+            return False
         with _lock:
-            if target not in self._targets:
-                for name, listener in self._listeners.items():
-                    event.listen(target, name, listener, **self._how)
-                self._targets.add(target)
+            if target in self._targets:
+                return False
+            for name, listener in self._listeners.items():
+                event.listen(target, name, listener, **self._how)
+            self._targets.add(target)
+            return True
 
 
 # Reentrant: the garbage collector may close a dropped body in the middle, whose application uses a session.
@@ -263,7 +271,9 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         if unit.watch is None or not others:
             unit.watch = Watch()
         unit.watch.pooled.append(connection.connection)
-        _listen_to_connections(connection, unit.trial is not None)
+        if _listen_to_connections(connection, unit.trial is not None) and unit.trial is not None:
+            # Nobody has listened to this engine yet: nobody knows what the attempt has done there before.
+            unit.trial.has_committed()
 
 
 def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
@@ -289,12 +299,13 @@ def _note_change(trial: Trial, statement: str, connection: Connection, own: bool
     effect = effect_of(statement)
     if effect is Effect.MAY_COMMIT or (effect is Effect.CHANGES and connection._is_autocommit_isolation()):
         trial.has_committed()
-    elif not own and trial.changes_elsewhere(connection):
+    elif not own:
         # SQLAlchemy 1.4 makes another Connection for every change of execution options.
         transaction = connection.get_transaction()
         begun = connection if transaction is None else transaction.connection
-        event.listen(begun, "commit", _commit_elsewhere)
-        event.listen(begun, "commit_twophase", _commit_elsewhere)
+        if trial.changes_elsewhere(begun):
+            event.listen(begun, "commit", _commit_elsewhere)
+            event.listen(begun, "commit_twophase", _commit_elsewhere)
 
 
 def _commit_elsewhere(connection: Connection, *_: object) -> None:
@@ -350,6 +361,8 @@ def _handle_error(context: ExceptionContext) -> None:
 
 
 def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.nested:
+        return  # to a SAVEPOINT, which deals with what it was for
     error = sys.exc_info()[1]
     frame = here.get()
     while error is not None and frame is not None:
