@@ -26,7 +26,9 @@ class RollbackOnlyError(RuntimeError):
 
     Either an exception escaped from a part that had joined the unit of work and was then
     swallowed (that exception is the ``__cause__``), or PostgreSQL has aborted the transaction
-    after an error that was swallowed, so that its ``COMMIT`` would silently roll back.
+    after an error that was swallowed, so that its ``COMMIT`` would silently roll back, or the
+    database has rolled it back by itself, as MySQL does after a deadlock, so that its ``COMMIT``
+    would keep what came later (that error is the ``__cause__``).
     """
 
 

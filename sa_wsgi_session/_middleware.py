@@ -197,15 +197,17 @@ class SessionMiddleware:
         if not self._is_listening:
             # The session was bound since, perhaps.
             self._is_listening = listen(self._binder, trials=True)
+        body = self._keep_body(environ, policy.max_body) if _may_have_body(environ) else None
+        # From here on, not while a slow client sends.
         trial = Trial(policy)
-        if _may_have_body(environ):
-            trial.rewind = self._keep_body(environ, policy.max_body).rewind
+        if body is not None:
+            trial.rewind = body.rewind
         as_it_was = environ.copy()
         while True:
             try:
                 return self._attempt(environ, start_response, trial)
             except Exception:
-                # Once more, because the application has closed its response since.
+                # Once more, because code of the application has run since: the close() of its body.
                 if not (trial.again and trial.rewind()):
                     raise
             # Out here: what comes up in the next attempt does not come of this exception.
@@ -418,8 +420,8 @@ class _Response:
         scope = self._scope
         if scope.trial is not None and scope.trial.answered(scope):
             raise LostRace(
-                f"{scope} has answered {self.status!r} because of a lost race, and then closed wsgi.input with its "
-                f"response, so that the request cannot be replayed: leave wsgi.input to the server"
+                f"{scope} has answered {self.status!r} because of a lost race, and then committed something, or closed "
+                f"wsgi.input, in the close() of its response or in a listener, so that it cannot be replayed"
             )
 
     def _raise_error(self) -> None:

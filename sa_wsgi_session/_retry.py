@@ -9,7 +9,6 @@ This file knows errors and transactions.  It does not know HTTP: to begin anew i
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,15 +16,14 @@ from dataclasses import KW_ONLY, dataclass
 from random import uniform
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DBAPIError
-
 from ._binding import units_around
 from ._errors import log, type_name, warn_of_error, why_unusable
 from ._transient import Conflict, classify
+from ._watching import is_open
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import SessionTransaction
 
     from ._watching import Watch, Watched
 
@@ -86,7 +84,7 @@ class RetryPolicy:
 def _check_number(name: str, value: object, accepted: str, *, whole: bool = False, least: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise TypeError(f"{name} must be {accepted}, not an object of type {type_name(value)}")
-    if not (least <= value < math.inf):
+    if not (least <= value and (whole or value <= sys.float_info.max)):
         raise ValueError(f"{name} must be {accepted}, not {value!r}")
 
 
@@ -121,12 +119,11 @@ class Trial:
     _committed = False
     #: Whether nobody knows if a COMMIT has reached the database.
     _unknown = False
-    #: The other connections on which it has changed something.
-    _elsewhere: tuple[Connection, ...] = ()
+    #: The connections on which it has changed something, as the pool and as SQLAlchemy knows them.
+    _changed: tuple[tuple[object, Connection], ...] = ()
     _decided = False
     _pause = 0.0
-    #: Whether another attempt follows, once that is decided.
-    again = False
+    _again = False
     #: The exception, if any, that is handled where the unit of work is called: no attempt comes of it.
     _outside: BaseException | None = None
     number = 1
@@ -154,12 +151,29 @@ class Trial:
         """Something that it did is durable."""
         self._committed = True
 
-    def changes_elsewhere(self, connection: Connection) -> bool:
-        """It changes something on *connection*, which its session does not use; true: for the first time."""
-        if connection in self._elsewhere:
-            return False
-        self._elsewhere += (connection,)
-        return True
+    def changes(self, connection: Connection) -> None:
+        """It changes something on *connection*, its session's or any other."""
+        pooled = connection.connection
+        if not self._has_changed(pooled):
+            # SQLAlchemy 1.4 makes another Connection for every change of execution options.
+            transaction = connection.get_transaction()
+            self._changed += ((pooled, connection if transaction is None else transaction.connection),)
+
+    def commits(self, pooled: object, error: BaseException | None) -> None:
+        """COMMIT was sent on a connection of the pool, and has raised *error* if there is one."""
+        if not self._has_changed(pooled):
+            return
+        if error is None:
+            self._committed = True
+            return
+        conflict = classify(error)
+        # The COMMIT of a loser is refused, and so is that of what breaks a constraint.  Of any other error, a lost
+        # connection in the first place, nobody knows when it came.
+        if conflict is None or conflict.unknown:
+            self._unknown |= all(cls.__name__ != "IntegrityError" for cls in type(error).__mro__)
+
+    def _has_changed(self, pooled: object) -> bool:
+        return any(changed is pooled for changed, _connection in self._changed)
 
     def meets(self, error: BaseException, unit: Watched, *, own: bool) -> Conflict | None:
         """*error* has come up, from its own session or from elsewhere; perhaps the application goes on regardless."""
@@ -172,14 +186,12 @@ class Trial:
         session = unit.binder.peek(unit) if own else None
         if session is not None:
             self._transaction, self._savepoint = session.get_transaction(), session.get_nested_transaction()
-            connections = sum(not connection.closed for connection in unit.connections)
-            # To SQLAlchemy, COMMIT is no statement.  (Neither is ROLLBACK; but if the connection was lost when that was
-            # sent, nobody can tell any more.  To connect is neither, but then there is no connection yet.)
-            if connections and isinstance(error, DBAPIError) and error.statement is None:
-                self._unknown |= conflict.disconnect
-                # Of several databases, an earlier one has committed perhaps.
-                self._committed |= connections > 1
         return conflict
+
+    @property
+    def again(self) -> bool:
+        """Whether another attempt follows: that is decided, and nothing has become durable since."""
+        return self._again and not self._committed and not self._unknown
 
     # What it is asked, once, when the unit has failed and is not rolled back yet
 
@@ -189,28 +201,33 @@ class Trial:
             return
         # PostgreSQL refuses all that comes after a lost race, and so does a Session: with another error.
         lost = self._conflict if self._is_pending(unit) else None
-        for link in _chain(error, self._outside):
+        for link in _chain(error, self._outside, implicit=not self._has_gone_on(unit)):
             lost = self.meets(link, unit, own=False) or lost
         self._decide(unit, lost)
 
     def answered(self, unit: Watched) -> bool:
         """The application has answered with an error of its own: decide whether another attempt follows."""
-        watch = unit.watch
-        if self._watch is not watch is not None and watch.changed:
-            return False  # it has rolled back and then done other work: the error comes of that
-        self._decide(unit, self._conflict)
+        if not self._has_gone_on(unit):
+            self._decide(unit, self._conflict)
         return self.again
 
+    def _has_gone_on(self, unit: Watched) -> bool:
+        """Whether it has rolled back since it lost a race, and then done other work: errors come of that."""
+        watch = unit.watch
+        return watch is not None and watch is not self._watch and watch.changed
+
     def _is_pending(self, unit: Watched) -> bool:
-        """Whether the session is still in the transaction, and the SAVEPOINT, that has met the lost race."""
+        """Whether the session is still in the transaction, and the SAVEPOINT, that a lost race has broken."""
         session = unit.binder.peek(unit)
         if session is None or self._transaction is None or self._transaction is not session.get_transaction():
+            return False
+        if self._conflict is not None and self._conflict.survived and session.is_active:
             return False
         return self._savepoint is None or is_open(session, self._savepoint)
 
     def _is_open_elsewhere(self, unit: Watched) -> bool:
         """Whether it has begun something that goes on without it, and would be done twice."""
-        if any(connection.in_transaction() for connection in self._elsewhere):
+        if any(connection.in_transaction() and not unit.uses(connection) for _pooled, connection in self._changed):
             return True
         # In a unit around this one, whose session has not been flushed yet.
         sessions = (outer.binder.peek(outer) for outer in units_around(unit))
@@ -229,30 +246,25 @@ class Trial:
             )
         elif self._committed or self._is_open_elsewhere(unit):
             log.debug("%s: attempt %d lost a race (%s) but has done what can't be undone", unit, number, lost.code)
-        elif number < policy.attempts and self.rewind():
+        elif number < policy.attempts:
             self._pause = uniform(0, min(policy.max_delay, policy.delay * 2.0 ** min(number - 1, 64)))
             elapsed = time.monotonic() - self._began + self._pause
-            self.again = policy.deadline is None or elapsed <= policy.deadline
-            if self.again:
+            self._again = (policy.deadline is None or elapsed <= policy.deadline) and self.rewind()
+            if self._again:
                 log.warning(
                     "%s: attempt %d of %d lost a race (%s) and is replayed in %.3f seconds",
                     *(unit, number, policy.attempts, lost.code, self._pause),
                 )
 
 
-def _chain(error: BaseException, outside: BaseException | None) -> Iterator[BaseException]:
-    """*error*, and the ones that it comes from, up to *outside*; the innermost first."""
+def _chain(error: BaseException, outside: BaseException | None, *, implicit: bool) -> Iterator[BaseException]:
+    """*error*, and the ones that it comes from, up to *outside*; the innermost first.
+
+    :param implicit: also those that were merely being handled when it came up.
+    """
     found: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link is not outside and all(link is not known for known in found):
         found.append(link)
-        link = link.__cause__ or link.__context__
+        link = link.__cause__ or (link.__context__ if implicit else None)
     return reversed(found)
-
-
-def is_open(session: Session, savepoint: SessionTransaction) -> bool:
-    """Whether *session* is still within *savepoint*."""
-    transaction = session.get_nested_transaction()
-    while transaction is not None and transaction is not savepoint:
-        transaction = transaction.parent
-    return transaction is not None

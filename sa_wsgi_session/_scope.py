@@ -42,9 +42,8 @@ from sqlalchemy.orm import Session
 from ._binding import NOWHERE, Binder, Unit, binder_of, innermost, is_here, unwind
 from ._callbacks import Callbacks
 from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
-from ._retry import is_open
 from ._transient import classify
-from ._watching import Watched, is_aborted
+from ._watching import Watched, is_aborted, is_open
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -230,7 +229,8 @@ class SessionScope(Watched):
         """*error* ends this unit, which is not rolled back yet."""
         self._refused = True
         if self.trial is not None:
-            self.trial.failed(self, error)
+            with self._first_error_stays():
+                self.trial.failed(self, error)
 
     def _settle(self) -> None:
         """The status of a streamed response is known: conclude the first half, unless it has to wait for the body."""
@@ -243,10 +243,11 @@ class SessionScope(Watched):
         finally:
             self._state = State.SETTLED
             self.watching = False
-            self.watch = None
         if not waits:
             self._conclude()
-        self.trial = None  # the response begins
+        # The response begins.
+        self.watch = None
+        self.trial = None
 
     def _waits_for_body(self) -> bool:
         """Whether the transaction must outlive the start of the response."""
@@ -419,12 +420,13 @@ class SessionScope(Watched):
         )
 
     def meets(self, error: BaseException, *, own: bool) -> None:
+        """*error* has come up, from the session of this unit or from elsewhere; whoever called may swallow it."""
         conflict = classify(error)
-        if own and conflict is not None and conflict.undone:
+        session = self.binder.peek(self)
+        if own and conflict is not None and conflict.undone and session is not None:
             # The next statement begins another transaction, which the database would commit without a word.
-            session = self.binder.peek(self)
             self._rollback_only = (
-                session.get_transaction() if session is not None else None,
+                session.get_transaction(),
                 error,
                 f"the database has rolled back its transaction ({conflict.code}), which was swallowed, so only half of "
                 f"the work is there; let the exception pass, or call Session.rollback() where you handle it",

@@ -23,6 +23,8 @@ class Conflict(NamedTuple):
     #: The database has rolled back the whole transaction and goes on as if nothing had happened: what comes next is
     #: in a new transaction, whose COMMIT would keep half.
     undone: bool = False
+    #: Only the statement is undone: the transaction can go on without it.
+    survived: bool = False
     #: The connection was lost: replayed only if that was before COMMIT was sent.
     disconnect: bool = False
     #: Whether it was committed is unknown: never replayed.
@@ -44,13 +46,13 @@ _MYSQL: _Table = {
     # MariaDB: a row is newer than the snapshot (innodb_snapshot_isolation, on by default in 11.8).
     1020: Conflict("MySQL 1020", undone=True),
     # Only the statement is rolled back: innodb_rollback_on_timeout is off by default.  MariaDB's NOWAIT, too.
-    1205: Conflict("MySQL 1205"),
+    1205: Conflict("MySQL 1205", survived=True),
     1213: Conflict("MySQL 1213", undone=True),
-    3572: Conflict("MySQL 3572"),
+    3572: Conflict("MySQL 3572", survived=True),
 }
 
 # SQLite's manual, "Result and Error Codes".  Python 3.10 passes on only the text.
-_BUSY, _LOCKED = Conflict("SQLite BUSY"), Conflict("SQLite LOCKED")
+_BUSY, _LOCKED = Conflict("SQLite BUSY", survived=True), Conflict("SQLite LOCKED", survived=True)
 _SQLITE: _Table = {
     5: _BUSY,
     6: _LOCKED,
@@ -60,7 +62,7 @@ _SQLITE: _Table = {
 }
 
 # Oracle's "Database Error Messages".  Both roll back the statement alone.
-_ORACLE: _Table = {60: Conflict("ORA-00060"), 8177: Conflict("ORA-08177")}
+_ORACLE: _Table = {60: Conflict("ORA-00060", survived=True), 8177: Conflict("ORA-08177", survived=True)}
 
 # SQL Server's documentation, "Database Engine events and errors".
 _SQL_SERVER: _Table = {

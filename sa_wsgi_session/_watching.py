@@ -8,17 +8,19 @@ Some questions are answered here, each by the cheapest events that can answer it
   end or dropped.  (Events of the dialect, unlike ``before_cursor_execute``, do not send
   SQLAlchemy's connections down their slow path.)
 * *Which connections does the transaction use?*  ``after_begin`` says.
-* *When has a transaction ended, and how?*  ``after_commit`` and ``after_transaction_end`` say,
-  and are listened to only once somebody has registered a callback.
+* *When has a transaction ended, and how?*  ``after_commit`` and ``after_transaction_end`` say.
 * *What has the database refused?*  ``handle_error`` says, whoever swallows the exception.
-* *Has an attempt that may be replayed* (a unit with a ``Trial``) *lost a race?*  ``handle_error`` tells what the
-  database has found out, ``after_soft_rollback`` what SQLAlchemy itself finds out in a flush.
-* *Is something of it durable already?*  A session says ``after_commit``.  Another connection is found when it is sent
-  a statement that changes data, and tells of its ``commit`` from then on: that one alone, because to listen to them all
-  would cost every request.  And some statements commit by themselves.
 
-In SQLAlchemy 1.4 ``handle_error`` is an event of the engine, and sends its connections down their slow path: there it
-is listened to only where there is a ``RetryPolicy``.
+Of an attempt that may be replayed (a unit with a ``Trial``) there is more to know:
+
+* *Has it lost a race?*  ``handle_error`` tells what the database has found out, ``after_soft_rollback`` what SQLAlchemy
+  itself finds out in a flush.
+* *Is something of it durable?*  The statements tell which connections it changes something on, its session's or any
+  other; some commit by themselves.  COMMIT is told by a wrapper around ``do_commit`` of the dialect: the event for that
+  comes before it, and sends connections down their slow path.
+
+These are listened to once there is a ``RetryPolicy``.  So is ``handle_error`` on SQLAlchemy 1.4, where it is an event
+of the engine, with the slow path.
 
 All listeners are functions of this module that look for the unit in ``here``: no state of a
 request is ever attached to a session, a connection or an engine.
@@ -29,7 +31,7 @@ from __future__ import annotations
 import re
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from functools import lru_cache, partial
 from threading import RLock
@@ -64,10 +66,6 @@ class Watched(Unit):
     callbacks: Callbacks | None
     #: What is known of this attempt, as long as it may be replayed.
     trial: Trial | None
-
-    def meets(self, error: BaseException, *, own: bool) -> None:
-        """*error* has come up, from the session of this unit or from elsewhere; whoever called may swallow it."""
-        raise NotImplementedError
 
     def uses(self, connection: Connection) -> bool:
         """Whether the session has begun a transaction on *connection*."""
@@ -126,7 +124,9 @@ _READS = frozenset(
 )
 # What can be undone, on every database. After anything else it may be durable at once: DDL is on MySQL and Oracle, a
 # procedure may COMMIT, and COMMIT does.
-_UNDOABLE = frozenset({"insert", "update", "delete", "merge", "replace"})
+_UNDOABLE = frozenset(
+    {"insert", "update", "delete", "merge", "replace", "copy", "notify", "listen", "unlisten", "prepare"}
+)
 _INTO = re.compile(r"\bINTO\b", re.IGNORECASE)
 # Where a statement can begin within another; elsewhere these words are columns, or FOR UPDATE.
 _INNER_CHANGE = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE|REPLACE)\b", re.IGNORECASE)
@@ -188,6 +188,7 @@ def listen(binder: Binder, *, trials: bool = False) -> bool:
     session_class = _session_class(binder.factory)
     _TO_SESSION.register(session_class)
     if trials:
+        _prepare_for_policies()
         _TO_SESSION_ON_TRIAL.register(session_class)
     options = getattr(binder.factory, "kw", None)
     if not isinstance(options, dict):
@@ -201,9 +202,35 @@ def listen(binder: Binder, *, trials: bool = False) -> bool:
 def _listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
     """Listen to all connections of *bind*; true: from now on only."""
     is_new = _TO_DIALECT.register(bind.dialect)
+    if _there_are_policies:
+        _tell_of_commits(bind.dialect)
     if trials and not _IS_EVENT_OF_DIALECT:
-        is_new = _TO_ENGINE_ON_TRIAL.register(bind.engine) or is_new
+        _TO_ENGINE_ON_TRIAL.register(bind.engine)
     return is_new
+
+
+_there_are_policies = False
+
+
+def _prepare_for_policies() -> None:
+    global _there_are_policies
+    _there_are_policies = True
+    for dialect in _TO_DIALECT.targets():
+        _tell_of_commits(dialect)
+
+
+def _tell_of_commits(dialect: Any) -> None:
+    """Have each COMMIT on *dialect* told to the attempts around it."""
+    if dialect in _telling_of_commits:
+        return
+    with _lock:
+        if dialect not in _telling_of_commits:
+            dialect.do_commit = partial(_do_commit, dialect.do_commit)
+            dialect.do_commit_twophase = partial(_do_commit_twophase, dialect.do_commit_twophase)
+            _telling_of_commits.add(dialect)
+
+
+_telling_of_commits: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 _Functions = dict[str, Callable[..., None]]
@@ -218,6 +245,10 @@ class _Listeners:
         # What is listened to already.  (SQLAlchemy's event.contains() would not do: it goes by id(), which a new class
         # may have inherited from a dead one.)
         self._targets: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def targets(self) -> list[Any]:
+        with _lock:
+            return list(self._targets)
 
     def register(self, target: object) -> bool:
         """Register them; false if they were before."""
@@ -262,18 +293,30 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     if transaction.nested:
         return
     unit = _unit_of(session)
-    if unit is None:
-        return
-    # More than one where a session has several binds.
-    others = [known for known in unit.connections if known is not connection and not known.closed]
-    unit.connections = [*others, connection]
-    if unit.watching:
-        if unit.watch is None or not others:
-            unit.watch = Watch()
-        unit.watch.pooled.append(connection.connection)
-        if _listen_to_connections(connection, unit.trial is not None) and unit.trial is not None:
-            # Nobody has listened to this engine yet: nobody knows what the attempt has done there before.
-            unit.trial.has_committed()
+    watching = unit is not None and unit.watching
+    if unit is not None:
+        # More than one where a session has several binds.
+        others = [known for known in unit.connections if known is not connection and not known.closed]
+        unit.connections = [*others, connection]
+        if watching:
+            if unit.watch is None or not others:
+                unit.watch = Watch()
+            unit.watch.pooled.append(connection.connection)
+    trials = list(_trials()) if _there_are_policies else []
+    # Within an attempt, other sessions as well.
+    if (watching or trials) and _listen_to_connections(connection, bool(trials)):
+        for trial in trials:
+            # Nobody knows what it has done on this engine before.
+            trial.has_committed()
+
+
+def _trials() -> Iterator[Trial]:
+    """The attempts that the running code is part of."""
+    frame = here.get()
+    while frame is not None:
+        if frame.unit is not None and frame.unit.trial is not None:
+            yield frame.unit.trial
+        frame = frame.outer
 
 
 def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
@@ -290,44 +333,60 @@ def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> None:
             if own:
                 watch.statement(statement, context)
             if trial is not None and (watch.changed if own else effect_of(statement)):
-                _note_change(trial, statement, context.root_connection, own)
+                _note_change(trial, statement, context.root_connection)
         frame = frame.outer
 
 
-def _note_change(trial: Trial, statement: str, connection: Connection, own: bool) -> None:
-    """Tell an attempt of a statement that perhaps can't be undone."""
+def _note_change(trial: Trial, statement: str, connection: Connection) -> None:
+    """Tell an attempt of a statement that changes something, or comes after one that has."""
     effect = effect_of(statement)
-    if effect is Effect.MAY_COMMIT or (effect is Effect.CHANGES and connection._is_autocommit_isolation()):
+    if effect is Effect.MAY_COMMIT or (_ENDS_BEFORE.match(statement) and connection.dialect.name in _MYSQL):
         trial.has_committed()
-    elif not own:
-        # SQLAlchemy 1.4 makes another Connection for every change of execution options.
-        transaction = connection.get_transaction()
-        begun = connection if transaction is None else transaction.connection
-        if trial.changes_elsewhere(begun):
-            event.listen(begun, "commit", _commit_elsewhere)
-            event.listen(begun, "commit_twophase", _commit_elsewhere)
+    elif effect is Effect.CHANGES:
+        if _is_in_autocommit(connection):
+            trial.has_committed()
+        else:
+            trial.changes(connection)
 
 
-def _commit_elsewhere(connection: Connection, *_: object) -> None:
-    frame = here.get()
-    while frame is not None:
-        if frame.unit is not None and frame.unit.trial is not None:
-            frame.unit.trial.has_committed()
-        frame = frame.outer
+_MYSQL = ("mysql", "mariadb")
+# What commits the transaction before it does anything else, and does not look like it: MySQL's manual, "Statements That
+# Cause an Implicit Commit".
+_ENDS_BEFORE = re.compile(r"\s*(?:BEGIN|START|LOCK|SET\b.*\bAUTOCOMMIT)\b", re.IGNORECASE)
+
+
+def _is_in_autocommit(connection: Connection) -> bool:
+    """Whether a change on *connection* is durable at once, be it SQLAlchemy or the driver that was told so."""
+    if connection._is_autocommit_isolation():
+        return True
+    driver: Any = connection.connection.dbapi_connection
+    if connection.dialect.name == "sqlite":
+        # Unless the application begins its transactions itself.
+        return getattr(driver, "isolation_level", "") is None and not driver.in_transaction
+    asked = getattr(driver, "get_autocommit", None)  # MySQL's drivers
+    return bool(asked()) if asked is not None else getattr(driver, "autocommit", False) is True
+
+
+def _do_commit(commit: Callable[..., None], pooled: Any) -> None:
+    try:
+        commit(pooled)
+    except BaseException as error:
+        for trial in _trials():
+            trial.commits(pooled, error)
+        raise
+    for trial in _trials():
+        trial.commits(pooled, None)
+
+
+def _do_commit_twophase(commit: Callable[..., None], connection: Connection, *args: Any, **options: Any) -> None:
+    pooled = connection.connection
+    _do_commit(lambda _: commit(connection, *args, **options), pooled)
 
 
 def _after_commit(session: Session) -> None:
-    frame = here.get()
-    while frame is not None:
-        unit = frame.unit
-        if unit is not None and (unit.trial is not None or unit.callbacks is not None):
-            own = unit.binder.peek(unit) is session
-            savepoint = session.get_nested_transaction()
-            if own and unit.callbacks is not None:
-                unit.callbacks.committed(savepoint)
-            if unit.trial is not None and savepoint is None and (unit.watch.changed if own and unit.watch else not own):
-                unit.trial.has_committed()
-        frame = frame.outer
+    callbacks = _callbacks_of(session)
+    if callbacks is not None:
+        callbacks.committed(session.get_nested_transaction())
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
@@ -352,11 +411,12 @@ def _handle_error(context: ExceptionContext) -> None:
     error = context.sqlalchemy_exception
     if error is None or getattr(context, "is_pre_ping", False):
         return  # an interruption; or a connection that the pool replaces, and nobody hears of it
+    connection = context.connection
+    in_transaction = connection is not None and not connection._is_autocommit_isolation()
     frame = here.get()
     while frame is not None:
-        unit = cast("Watched | None", frame.unit)
-        if unit is not None and unit.within is None:
-            unit.meets(error, own=context.connection is not None and unit.uses(context.connection))
+        if frame.unit is not None and frame.unit.within is None:
+            frame.unit.meets(error, own=in_transaction and frame.unit.uses(connection))
         frame = frame.outer
 
 
@@ -366,7 +426,7 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
     error = sys.exc_info()[1]
     frame = here.get()
     while error is not None and frame is not None:
-        unit = cast("Watched | None", frame.unit)
+        unit = frame.unit
         if unit is not None and unit.trial is not None and unit.binder.peek(unit) is session:
             unit.meets(error, own=True)
         frame = frame.outer
@@ -389,6 +449,14 @@ _TO_DIALECT = _Listeners(_STATEMENTS | _ERRORS if _IS_EVENT_OF_DIALECT else _STA
 # For attempts that may be replayed, in addition.
 _TO_SESSION_ON_TRIAL = _Listeners({"after_soft_rollback": _after_soft_rollback})
 _TO_ENGINE_ON_TRIAL = _Listeners({} if _IS_EVENT_OF_DIALECT else _ERRORS)
+
+
+def is_open(session: Session, savepoint: SessionTransaction) -> bool:
+    """Whether *session* is still within *savepoint*."""
+    transaction = session.get_nested_transaction()
+    while transaction is not None and transaction is not savepoint:
+        transaction = transaction.parent
+    return transaction is not None
 
 
 #: ``PQTRANS_INERROR`` of libpq: in a failed transaction block.

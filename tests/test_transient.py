@@ -116,7 +116,7 @@ def test_mariadb_has_undone_nothing_when_a_lock_cannot_be_had(mariadb_url: URL) 
         count(one, 2)
         count(other, 1)
         error = error_of(one, "SELECT * FROM counter WHERE id = 1 FOR UPDATE NOWAIT")
-        assert classify(error) == Conflict("MySQL 1205")
+        assert classify(error) == Conflict("MySQL 1205", survived=True)
         one.commit()
         assert counted(one) == [0, 1]
 
@@ -124,7 +124,7 @@ def test_mariadb_has_undone_nothing_when_a_lock_cannot_be_had(mariadb_url: URL) 
 def test_sqlite_is_busy(sqlite_url: URL) -> None:
     with two_connections(sqlite_url, connect_args={"timeout": 0}) as (one, other):
         count(one, 1)
-        assert classify(error_of(other, "BEGIN IMMEDIATE")) == Conflict("SQLite BUSY")
+        assert classify(error_of(other, "BEGIN IMMEDIATE")) == Conflict("SQLite BUSY", survived=True)
 
 
 def test_sqlite_is_busy_where_a_row_is_newer_than_the_snapshot(sqlite_url: URL) -> None:
@@ -135,7 +135,7 @@ def test_sqlite_is_busy_where_a_row_is_newer_than_the_snapshot(sqlite_url: URL) 
         count(one, 1)
         one.commit()
         # An extended code, SQLITE_BUSY_SNAPSHOT.
-        assert classify(error_of(other, "DELETE FROM counter")) == Conflict("SQLite BUSY")
+        assert classify(error_of(other, "DELETE FROM counter")) == Conflict("SQLite BUSY", survived=True)
 
 
 def test_sqlite_has_locked_a_table() -> None:
@@ -145,7 +145,7 @@ def test_sqlite_has_locked_a_table() -> None:
             next(reading)
             with pytest.raises(sqlite3.OperationalError) as caught:
                 connection.execute("DROP TABLE counter")
-        assert classify(caught.value) == Conflict("SQLite LOCKED")
+        assert classify(caught.value) == Conflict("SQLite LOCKED", survived=True)
 
 
 def test_a_row_that_sqlalchemy_does_not_find_again_is_a_lost_race(sqlite_url: URL) -> None:
@@ -211,33 +211,45 @@ LOST_RACES = [
     # MySQL and MariaDB
     (pymysql.err.OperationalError(1213, "secret"), Conflict("MySQL 1213", undone=True)),
     (error_from("pymysql.err.OperationalError", 1213, "", sqlstate="40001"), Conflict("MySQL 1213", undone=True)),
-    (pymysql.err.OperationalError(1205, "secret"), Conflict("MySQL 1205")),
-    (pymysql.err.OperationalError(3572, "secret"), Conflict("MySQL 3572")),
+    (pymysql.err.OperationalError(1205, "secret"), Conflict("MySQL 1205", survived=True)),
+    (pymysql.err.OperationalError(3572, "secret"), Conflict("MySQL 3572", survived=True)),
     (error_from("MySQLdb._exceptions.OperationalError", 1213, "secret"), Conflict("MySQL 1213", undone=True)),
     (
         error_from("mysql.connector.errors.DatabaseError", 1205, "secret", "HY000", errno=1205, sqlstate="HY000"),
-        Conflict("MySQL 1205"),
+        Conflict("MySQL 1205", survived=True),
     ),
     (
         error_from("mariadb.OperationalError", "secret", errno=1213, sqlstate="40001"),
         Conflict("MySQL 1213", undone=True),
     ),
-    (error_from("asyncmy.errors.OperationalError", 3572, "secret", sqlstate="HY000"), Conflict("MySQL 3572")),
+    (
+        error_from("asyncmy.errors.OperationalError", 3572, "secret", sqlstate="HY000"),
+        Conflict("MySQL 3572", survived=True),
+    ),
     (error_from("cymysql.err.InternalError", 1020, "", errno=1020), Conflict("MySQL 1020", undone=True)),
     (
         pyodbc_error("40001", "[MySQL][ODBC 8.0(w) Driver][mysqld-8.0.33]Deadlock (1213) (SQLExecDirectW)"),
         Conflict("MySQL 1213", undone=True),
     ),
-    (pyodbc_error("HY000", "[ma-3.1.15][10.11.6-MariaDB]Lock (1205) (SQLExecute)"), Conflict("MySQL 1205")),
+    (
+        pyodbc_error("HY000", "[ma-3.1.15][10.11.6-MariaDB]Lock (1205) (SQLExecute)"),
+        Conflict("MySQL 1205", survived=True),
+    ),
     # SQLite, whose drivers tell the code, or only the text
-    (error_from("sqlcipher3.dbapi2.OperationalError", "", sqlite_errorcode=5 | 1 << 8), Conflict("SQLite BUSY")),
-    (error_from("sqlite3.OperationalError", "", sqlite_errorcode=6 | 1 << 8), Conflict("SQLite LOCKED")),
-    (sqlite3.OperationalError("database is locked"), Conflict("SQLite BUSY")),
-    (sqlite3.OperationalError("database table is locked: secret"), Conflict("SQLite LOCKED")),
-    (error_from("pysqlite3.dbapi2.OperationalError", "database schema is locked: main"), Conflict("SQLite LOCKED")),
+    (
+        error_from("sqlcipher3.dbapi2.OperationalError", "", sqlite_errorcode=5 | 1 << 8),
+        Conflict("SQLite BUSY", survived=True),
+    ),
+    (error_from("sqlite3.OperationalError", "", sqlite_errorcode=6 | 1 << 8), Conflict("SQLite LOCKED", survived=True)),
+    (sqlite3.OperationalError("database is locked"), Conflict("SQLite BUSY", survived=True)),
+    (sqlite3.OperationalError("database table is locked: secret"), Conflict("SQLite LOCKED", survived=True)),
+    (
+        error_from("pysqlite3.dbapi2.OperationalError", "database schema is locked: main"),
+        Conflict("SQLite LOCKED", survived=True),
+    ),
     # Oracle
-    (error_from("oracledb.exceptions.DatabaseError", Attributes(code=8177)), Conflict("ORA-08177")),
-    (error_from("cx_Oracle.DatabaseError", Attributes(code=60)), Conflict("ORA-00060")),
+    (error_from("oracledb.exceptions.DatabaseError", Attributes(code=8177)), Conflict("ORA-08177", survived=True)),
+    (error_from("cx_Oracle.DatabaseError", Attributes(code=60)), Conflict("ORA-00060", survived=True)),
     # SQL Server
     (error_from("pymssql.exceptions.OperationalError", 1205, b"secret"), Conflict("SQL Server 1205", undone=True)),
     (
@@ -345,7 +357,7 @@ class Touchy(str):
 
 
 def test_an_attribute_that_fails_hides_no_other() -> None:
-    assert classify(Shy("database is locked")) == Conflict("SQLite BUSY")
+    assert classify(Shy("database is locked")) == Conflict("SQLite BUSY", survived=True)
     assert classify(Elusive()) is None
     odd = wrapped(ValueError(), disconnected=True)
     odd.orig = Elusive()
