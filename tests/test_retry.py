@@ -37,9 +37,11 @@ from sa_wsgi_session import (
     session_scope,
     with_session,
 )
+from sa_wsgi_session._retry import LostRace
 from tests.conftest import SQLALCHEMY_14
 from tests.support import (
     PLAIN,
+    Base,
     Body,
     Exchange,
     Note,
@@ -82,6 +84,13 @@ POSTGRESQL = [
     """
     CREATE CONSTRAINT TRIGGER die AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW WHEN (NEW.text = 'fatal') EXECUTE FUNCTION die()
+    """,
+    """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'secret'; END $$
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.text = 'refused') EXECUTE FUNCTION refuse()
     """,
 ]
 
@@ -652,6 +661,7 @@ def roll_back_on_a_second_connection(world: World) -> None:
     with world.engine.connect() as connection:
         transaction = connection.begin()
         connection.execute(sa.insert(Note).values(text="undone"))
+        connection.execute(sa.insert(Note).values(text="undone too"))
         transaction.rollback()
 
 
@@ -684,6 +694,17 @@ def roll_back_a_unit_of_its_own(world: World) -> None:
         raise Failure
 
 
+def read_in_a_unit_of_its_own(world: World) -> None:
+    with session_scope(world.Session, propagation="requires_new"):
+        world.Session.get(Counter, 1)
+
+
+def read_in_another_session(world: World) -> None:
+    with Session(world.engine) as session:
+        session.get(Counter, 1)
+        session.commit()
+
+
 def roll_back_another_session(world: World) -> None:
     with Session(world.engine) as session:
         session.add(Note(text="undone"))
@@ -700,6 +721,8 @@ def roll_back_another_session(world: World) -> None:
         release_a_savepoint,
         roll_back_a_unit_of_its_own,
         roll_back_another_session,
+        read_in_a_unit_of_its_own,
+        read_in_another_session,
     ],
 )
 @pytest.mark.parametrize("before", [True, False], ids=["before", "within"])
@@ -950,6 +973,13 @@ def commit_a_savepoint_and_all(world: World) -> None:
         connection.execute(INSERT)
 
 
+def commit_the_connection_of_the_session(world: World) -> None:
+    write(world, "durable")
+    transaction = world.Session.connection().get_transaction()
+    assert transaction is not None
+    transaction.commit()
+
+
 def commit_by_hand(world: World) -> None:
     world.Session.execute(INSERT)
     world.Session.execute(sa.text("COMMIT"))
@@ -974,6 +1004,10 @@ COMMITS: list[Any] = [
     commit_by_an_autocommit_session,
     commit_in_two_phases,
     commit_a_savepoint_and_all,
+    pytest.param(
+        commit_the_connection_of_the_session,
+        marks=pytest.mark.filterwarnings("ignore:transaction already deassociated from connection"),
+    ),
     commit_by_hand,
     *(
         [pytest.param(commit_by_sqlalchemy_14, marks=pytest.mark.filterwarnings("ignore:Deprecated API features"))]
@@ -1036,18 +1070,243 @@ def test_what_an_earlier_attempt_had_not_committed_a_later_one_may(
     assert postgresql_world.durable() == ["durable"]
 
 
-def test_a_statement_that_commits_by_itself_is_not_replayed(mariadb_world: World) -> None:
-    """In MariaDB, DDL does."""
+@pytest.mark.parametrize(
+    "statement",
+    ["CREATE TABLE IF NOT EXISTS made_by_the_way (id INTEGER)", "START TRANSACTION", "BEGIN", "SET autocommit = 1"],
+)
+def test_a_statement_that_commits_by_itself_is_not_replayed(mariadb_world: World, statement: str) -> None:
+    """In MariaDB, DDL does, and what begins a transaction ends the last one."""
 
     def view() -> None:
         write(mariadb_world, "durable")
-        mariadb_world.Session.execute(sa.text("CREATE TABLE IF NOT EXISTS made_by_the_way (id INTEGER)"))
-        find_it_locked(mariadb_world)
+        mariadb_world.Session.execute(sa.text(statement))
+        raise StaleDataError
 
     tried = Tried(mariadb_world, view)
-    tried.raises(DBAPIError)
+    tried.raises(StaleDataError)
     assert tried.attempts == [1]
     assert mariadb_world.durable() == ["durable"]
+
+
+@pytest.mark.parametrize(
+    ("database", "arguments"), [("sqlite", {"isolation_level": None}), ("mariadb", {"autocommit": True})]
+)
+def test_an_attempt_on_a_driver_in_autocommit_is_not_replayed(
+    request: pytest.FixtureRequest, database: str, arguments: dict[str, Any]
+) -> None:
+    """Of which SQLAlchemy knows nothing."""
+    engine = sa.create_engine(request.getfixturevalue(f"{database}_url"), connect_args=arguments)
+    try:
+        Base.metadata.create_all(engine)
+        SomeSession: Any = scoped_session(sessionmaker(engine))
+        attempts = []
+
+        def view() -> None:
+            attempts.append(current_scope().attempt)
+            SomeSession.execute(INSERT)
+            raise StaleDataError
+
+        with pytest.raises(StaleDataError):
+            Exchange(SessionMiddleware(respond(view), SomeSession, retry=POLICY))
+        assert attempts == [1]
+        with engine.connect() as connection:
+            assert connection.execute(sa.select(Note.text)).scalars().all() == ["durable"]
+    finally:
+        engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_a_listener_that_loses_a_race_after_the_commit_does_not_undo_it(postgresql_world: World, kind: str) -> None:
+    def view() -> Any:
+        write(postgresql_world, "durable")
+        return [b"done"] if kind == "list" else iter([b"done"])
+
+    def after_commit(session: Any) -> None:
+        with postgresql_world.engine.connect() as connection:
+            connection.execute(sa.text("SELECT fail('40001')"))
+
+    factory = postgresql_world.Session.session_factory
+    sa.event.listen(factory, "after_commit", after_commit)
+    try:
+        tried = Tried(postgresql_world, view)
+        tried.raises(DBAPIError)
+    finally:
+        sa.event.remove(factory, "after_commit", after_commit)
+    assert tried.attempts == [1]
+    assert postgresql_world.durable() == ["durable"]
+
+
+def test_a_listener_that_commits_while_the_attempt_is_rolled_back_ends_it(postgresql_world: World) -> None:
+    """An audit trail, say."""
+
+    def view() -> None:
+        write(postgresql_world, "lost")
+        lose(postgresql_world)
+
+    def after_rollback(session: Any) -> None:
+        commit_on_a_second_connection(postgresql_world)
+
+    factory = postgresql_world.Session.session_factory
+    sa.event.listen(factory, "after_rollback", after_rollback)
+    try:
+        tried = Tried(postgresql_world, view)
+        tried.raises(DBAPIError)
+    finally:
+        sa.event.remove(factory, "after_rollback", after_rollback)
+    assert tried.attempts == [1]
+    assert postgresql_world.durable() == ["durable"]
+
+
+def test_an_error_page_that_commits_while_it_is_closed_is_not_replayed(postgresql_world: World) -> None:
+    def view() -> Body:
+        with suppress(DBAPIError):
+            lose(postgresql_world)
+        return Body([b"sorry"], lambda: commit_on_a_second_connection(postgresql_world))
+
+    tried = Tried(postgresql_world, view, lambda view: respond(view, "500 Oops"))
+    tried.raises(LostRace, match="committed something")
+    assert tried.attempts == [1]
+    assert postgresql_world.durable() == ["durable"]
+
+
+def test_an_error_at_commit_that_nobody_knows_is_no_lost_race(
+    postgresql_world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the policy says of it: by then it may be durable."""
+
+    def view() -> list[bytes]:
+        write(postgresql_world, "refused")
+        return [b"done"]
+
+    tried = Tried(postgresql_world, view, retry=RetryPolicy(delay=0, is_transient=lambda error: True))
+    tried.raises(DBAPIError)
+    assert tried.attempts == [1]
+    assert any("unknown" in warning for warning in warnings_of(caplog))
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_a_commit_that_is_refused_is_replayed(sqlite_world: World, kind: str) -> None:
+    """SQLite cannot commit while somebody reads."""
+
+    def view() -> Any:
+        sqlite_world.Session.execute(sa.text("PRAGMA busy_timeout = 0"))
+        sqlite_world.Session.add(Note(text="kept"))
+        if current_scope().attempt == 1:
+            reader.exec_driver_sql("BEGIN")
+            reader.exec_driver_sql("SELECT * FROM note")
+        else:
+            reader.exec_driver_sql("ROLLBACK")
+        return [b"done"] if kind == "list" else iter([b"done"])
+
+    with sqlite_world._observer.connect() as reader:
+        tried = Tried(sqlite_world, view)
+        assert tried.answers().content == b"done"
+    assert tried.attempts == [1, 2]
+    assert sqlite_world.durable() == ["kept"]
+
+
+def test_an_error_after_a_statement_that_was_merely_refused_does_not_come_of_it(sqlite_world: World) -> None:
+    """The transaction goes on without it, and fails of something else."""
+
+    def view() -> None:
+        sqlite_world.Session.execute(sa.text("PRAGMA busy_timeout = 0"))
+        with rival(sqlite_world) as connection:
+            count(connection, 1)
+            with pytest.raises(DBAPIError, match="locked"):
+                sqlite_world.Session.execute(INSERT)
+        raise Failure
+
+    tried = Tried(sqlite_world, view)
+    tried.raises(Failure)
+    assert tried.attempts == [1]
+
+
+def test_other_work_that_fails_while_a_lost_race_is_dealt_with_does_not_come_of_it(postgresql_world: World) -> None:
+    def view() -> None:
+        try:
+            lose(postgresql_world)
+        except DBAPIError:
+            postgresql_world.Session.rollback()
+            write(postgresql_world, "instead")
+            raise Failure  # noqa: B904
+
+    tried = Tried(postgresql_world, view)
+    tried.raises(Failure)
+    assert tried.attempts == [1]
+
+
+def test_a_connection_that_the_pool_has_replaced_is_no_lost_race(postgresql_url: URL) -> None:
+    engine = sa.create_engine(postgresql_url, pool_pre_ping=True, pool_size=1)
+    observer = sa.create_engine(postgresql_url)
+    try:
+        with engine.connect() as connection:
+            pid = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar()
+        with observer.connect() as connection:
+            assert connection.execute(sa.text(f"SELECT pg_terminate_backend({pid}, 60000)")).scalar()
+        SomeSession: Any = scoped_session(sessionmaker(engine))
+
+        def view() -> list[bytes]:
+            return [b"%d %d" % (SomeSession.execute(sa.text("SELECT 7")).scalar(), current_scope().attempt)]
+
+        middleware = SessionMiddleware(respond(view, "500 Oops"), SomeSession, retry=POLICY)
+        assert request(middleware).content == b"7 1"
+    finally:
+        engine.dispose()
+        observer.dispose()
+
+
+def test_a_deadlock_in_autocommit_has_undone_nothing_else(mariadb_world: World) -> None:
+    """So what comes after it is kept, with or without a policy."""
+
+    def view() -> list[bytes]:
+        isolate(mariadb_world, "AUTOCOMMIT")
+        with suppress(DBAPIError):
+            mariadb_world.Session.execute(sa.text("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213"))
+        write(mariadb_world, "kept")
+        return [b"done"]
+
+    assert Tried(mariadb_world, view, retry=None).answers().content == b"done"
+    assert mariadb_world.durable() == ["kept"]
+
+
+@pytest.mark.parametrize("bind", ["configured", "chosen"])
+def test_what_is_done_on_an_engine_before_it_is_known_may_be_durable(postgresql_url: URL, bind: str) -> None:
+    """Where the session chooses its engine by itself, the first attempt ever is not replayed; later ones are."""
+    with closing(World(postgresql_url)) as world:
+        set_up(world.engine)
+
+        class Choosing(Session):
+            def get_bind(self, *args: Any, **options: Any) -> Any:
+                return world.engine
+
+        factory: Any = sessionmaker(class_=Choosing) if bind == "chosen" else sessionmaker()
+        engine, world.Session = world.engine, scoped_session(factory)
+        tried = Tried(world, first(world, lose))
+        if bind == "configured":
+            factory.configure(bind=engine)
+        else:
+            tried.raises(DBAPIError)
+        assert tried.answers().content == b"done"
+        assert tried.attempts == ([1, 2] if bind == "configured" else [1, 1, 2])
+
+
+class Interruption(BaseException):
+    """A timeout of gevent, say."""
+
+
+def test_an_interruption_of_the_decision_leaves_nothing_behind(sqlite_world: World) -> None:
+    def interrupt(error: BaseException) -> bool:
+        raise Interruption
+
+    def view() -> None:
+        write(sqlite_world, "lost")
+        raise Failure
+
+    tried = Tried(sqlite_world, view, retry=RetryPolicy(is_transient=interrupt))
+    tried.raises(Failure)
+    assert tried.attempts == [1]
+    assert sqlite_world.checked_out == 0
+    assert not is_in_a_scope()
 
 
 @pytest.mark.parametrize("commit", [commit_in_another_session, commit_on_a_second_connection])
