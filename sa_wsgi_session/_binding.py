@@ -108,12 +108,11 @@ def innermost(key: object = None) -> Unit | None:
     return None
 
 
-def units_around(unit: Unit) -> Iterator[Unit]:
-    """The units bound around *unit*, which is bound here."""
+def frames_around(unit: Unit) -> Iterator[Frame]:
+    """The frames around *unit*, which is bound here; some may be empty."""
     frame = unit.frame.outer
     while frame is not None:
-        if frame.unit is not None:
-            yield frame.unit
+        yield frame
         frame = frame.outer
 
 

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, dataclass
 from random import uniform
 from typing import TYPE_CHECKING
 
-from ._binding import units_around
+from ._binding import frames_around
 from ._errors import log, type_name, warn_of_error, why_unusable
 from ._transient import Conflict, classify
 from ._watching import is_open
@@ -230,7 +230,8 @@ class Trial:
         if any(connection.in_transaction() and not unit.uses(connection) for _pooled, connection in self._changed):
             return True
         # In a unit around this one, whose session has not been flushed yet.
-        sessions = (outer.binder.peek(outer) for outer in units_around(unit))
+        around = [frame.unit for frame in frames_around(unit) if frame.unit is not None]
+        sessions = [outer.binder.peek(outer) for outer in around]
         return any(session is not None and (session.new or session.dirty or session.deleted) for session in sessions)
 
     def _decide(self, unit: Watched, lost: Conflict | None) -> None:

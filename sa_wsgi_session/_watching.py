@@ -202,7 +202,7 @@ def listen(binder: Binder, *, trials: bool = False) -> bool:
 def _listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
     """Listen to all connections of *bind*; true: from now on only."""
     is_new = _TO_DIALECT.register(bind.dialect)
-    if _there_are_policies:
+    if is_new and _there_are_policies:
         _tell_of_commits(bind.dialect)
     if trials and not _IS_EVENT_OF_DIALECT:
         _TO_ENGINE_ON_TRIAL.register(bind.engine)
@@ -221,13 +221,12 @@ def _prepare_for_policies() -> None:
 
 def _tell_of_commits(dialect: Any) -> None:
     """Have each COMMIT on *dialect* told to the attempts around it."""
-    if dialect in _telling_of_commits:
-        return
     with _lock:
-        if dialect not in _telling_of_commits:
-            dialect.do_commit = partial(_do_commit, dialect.do_commit)
-            dialect.do_commit_twophase = partial(_do_commit_twophase, dialect.do_commit_twophase)
-            _telling_of_commits.add(dialect)
+        if dialect in _telling_of_commits:
+            return
+        dialect.do_commit = partial(_do_commit, dialect.do_commit)
+        dialect.do_commit_twophase = partial(_do_commit_twophase, dialect.do_commit_twophase)
+        _telling_of_commits.add(dialect)
 
 
 _telling_of_commits: weakref.WeakSet[Any] = weakref.WeakSet()

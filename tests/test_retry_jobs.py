@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -541,22 +540,3 @@ def test_a_scope_of_a_failed_attempt_is_over(sqlite_world: World) -> None:
         with pytest.raises(NoActiveScope):
             scope.doom("too late")
     assert sqlite_world.durable() == []
-
-
-def test_a_unit_of_work_around_a_job_that_has_ended_already_is_in_nobodys_way(
-    sqlite_world: World, sqlite_url: URL
-) -> None:
-    """A block that was left in the wrong order, as generators may do."""
-    with closing(World(sqlite_url)) as other:
-        block = session_scope(other.Session)
-        block.__enter__()
-
-        @with_session(sqlite_world.Session, retry=POLICY)
-        def job(*, session: Any) -> int:
-            attempt = current_scope(sqlite_world.Session).attempt
-            if attempt == 1:
-                block.__exit__(None, None, None)
-                raise StaleDataError
-            return attempt
-
-        assert job() == 2
