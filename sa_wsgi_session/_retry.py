@@ -214,7 +214,7 @@ class Trial:
     def _has_gone_on(self, unit: Watched) -> bool:
         """Whether it has rolled back since it lost a race, and then done other work: errors come of that."""
         watch = unit.watch
-        return watch is not None and watch is not self._watch and watch.changed
+        return self._conflict is not None and watch is not None and watch is not self._watch and watch.changed
 
     def _is_pending(self, unit: Watched) -> bool:
         """Whether the session is still in the transaction, and the SAVEPOINT, that a lost race has broken."""

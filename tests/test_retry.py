@@ -1221,6 +1221,23 @@ def test_an_error_after_a_statement_that_was_merely_refused_does_not_come_of_it(
     assert tried.attempts == [1]
 
 
+def test_a_lost_race_that_no_engine_has_told_of_is_noticed_all_the_same(sqlite_world: World) -> None:
+    """A database of which SQLAlchemy knows nothing, say, whose error is hidden by another one."""
+
+    def view() -> list[bytes]:
+        write(sqlite_world, f"attempt {current_scope().attempt}")
+        if current_scope().attempt == 1:
+            try:
+                raise StaleDataError
+            except StaleDataError:
+                raise Failure  # noqa: B904
+        return [b"done"]
+
+    tried = Tried(sqlite_world, view)
+    assert tried.answers().content == b"done"
+    assert sqlite_world.durable() == ["attempt 2"]
+
+
 def test_other_work_that_fails_while_a_lost_race_is_dealt_with_does_not_come_of_it(postgresql_world: World) -> None:
     def view() -> None:
         try:
