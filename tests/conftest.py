@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -24,6 +25,10 @@ from tests.servers import (
 from tests.support import World, Worlds
 
 SQLALCHEMY_14 = sqlalchemy.__version__.startswith("1.4.")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that has started the tests in the background has Ctrl-C ignored, and so would the programs that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def unavailable(reason: NotInstalled) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sa_wsgi_session import RetryPolicy, SessionMiddleware
-from tests.support import PLAIN, World, request
+from tests.support import PLAIN, Body, World, request
 
 
 class Lost(Exception):
@@ -121,6 +121,32 @@ def test_an_application_that_closes_the_body_is_not_replayed(world):
     with pytest.raises(Lost):
         upload.send(b"body", CONTENT_LENGTH="4")
     assert upload.bodies == [None]
+
+
+@pytest.mark.parametrize(("finish", "attempts"), [("read", 2), ("close", 1)])
+def test_what_a_failed_attempt_does_while_it_is_closed_counts_too(finish, attempts, world):
+    bodies: list[bytes] = []
+
+    def lose(chunk: bytes) -> bytes:
+        raise Lost
+
+    def app(environ: Any, start_response: Any) -> Any:
+        stream = environ["wsgi.input"]
+        bodies.append(stream.read(3))
+        if len(bodies) == 1:
+            # It fails with its first chunk, and frameworks read what is left of the body when they are done.
+            return Body(map(lose, [b"first chunk"]), getattr(stream, finish))
+        start_response("200 OK", PLAIN)
+        return [b"done"]
+
+    middleware = SessionMiddleware(app, world.Session, retry=POLICY)
+    environ = {"wsgi.input": Socket(b"abcdef"), "CONTENT_LENGTH": "6"}
+    if attempts == 2:
+        assert request(middleware, "/", "POST", **environ).content == b"done"
+    else:
+        with pytest.raises(Lost):
+            request(middleware, "/", "POST", **environ)
+    assert bodies == [b"abc"] * attempts
 
 
 def test_a_client_that_hangs_up_halfway_meets_no_application(world):
