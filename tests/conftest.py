@@ -27,7 +27,7 @@ from tests.support import World, Worlds
 SQLALCHEMY_14 = sqlalchemy.__version__.startswith("1.4.")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell that has started the tests in the background has Ctrl-C ignored, and so would the programs that they start.
+    # A shell that runs the tests in the background has Ctrl-C ignored, and so would the programs that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
