@@ -213,23 +213,20 @@ _there_are_policies = False
 
 
 def _prepare_for_policies() -> None:
+    """From now on there may be attempts: have them told of each COMMIT."""
     global _there_are_policies
-    _there_are_policies = True
-    for dialect in _TO_DIALECT.targets():
-        _tell_of_commits(dialect)
+    with _lock:
+        if _there_are_policies:
+            return
+        _there_are_policies = True
+        for dialect in _TO_DIALECT.targets():
+            _tell_of_commits(dialect)
 
 
 def _tell_of_commits(dialect: Any) -> None:
-    """Have each COMMIT on *dialect* told to the attempts around it."""
-    with _lock:
-        if dialect in _telling_of_commits:
-            return
-        dialect.do_commit = partial(_do_commit, dialect.do_commit)
-        dialect.do_commit_twophase = partial(_do_commit_twophase, dialect.do_commit_twophase)
-        _telling_of_commits.add(dialect)
-
-
-_telling_of_commits: weakref.WeakSet[Any] = weakref.WeakSet()
+    # Twice, if threads meet here, does no harm: an attempt is told the same thing twice.
+    dialect.do_commit = partial(_do_commit, dialect.do_commit)
+    dialect.do_commit_twophase = partial(_do_commit_twophase, dialect.do_commit_twophase)
 
 
 _Functions = dict[str, Callable[..., None]]
@@ -246,8 +243,7 @@ class _Listeners:
         self._targets: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def targets(self) -> list[Any]:
-        with _lock:
-            return list(self._targets)
+        return list(self._targets)
 
     def register(self, target: object) -> bool:
         """Register them; false if they were before."""
