@@ -113,25 +113,21 @@ def silent(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "sa_wsgi_session")
 
 
-@pytest.fixture
-def sqlite_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
-    with worlds.use(request.getfixturevalue, "sqlite", "thread-local") as world:
-        set_up(world.engine)
-        yield world
+def world_of(database: str, registry: str = "thread-local") -> Any:
+    """The fixture of a world on that database."""
+
+    @pytest.fixture
+    def world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
+        with worlds.use(request.getfixturevalue, database, registry) as world:
+            set_up(world.engine)
+            yield world
+
+    return world
 
 
-@pytest.fixture
-def postgresql_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
-    with worlds.use(request.getfixturevalue, "postgresql", "thread-local") as world:
-        set_up(world.engine)
-        yield world
-
-
-@pytest.fixture
-def mariadb_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
-    with worlds.use(request.getfixturevalue, "mariadb", "thread-local") as world:
-        set_up(world.engine)
-        yield world
+sqlite_world = world_of("sqlite")
+postgresql_world = world_of("postgresql")
+mariadb_world = world_of("mariadb")
 
 
 @contextmanager

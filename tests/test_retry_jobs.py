@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import Any
 
@@ -52,6 +52,7 @@ from tests.test_retry import (
     swallow_stale_data,
     violate,
     warnings_of,
+    world_of,
     wrap_and_hide,
     write,
 )
@@ -63,25 +64,9 @@ def silent(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "sa_wsgi_session")
 
 
-@pytest.fixture
-def sqlite_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
-    with worlds.use(request.getfixturevalue, "sqlite", "thread-local") as world:
-        set_up(world.engine)
-        yield world
-
-
-@pytest.fixture
-def postgresql_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
-    with worlds.use(request.getfixturevalue, "postgresql", "contextual") as world:
-        set_up(world.engine)
-        yield world
-
-
-@pytest.fixture
-def mariadb_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
-    with worlds.use(request.getfixturevalue, "mariadb", "contextual") as world:
-        set_up(world.engine)
-        yield world
+sqlite_world = world_of("sqlite")
+postgresql_world = world_of("postgresql", "contextual")
+mariadb_world = world_of("mariadb", "contextual")
 
 
 class Job:
