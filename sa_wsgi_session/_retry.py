@@ -152,16 +152,14 @@ class Trial:
         self._committed = True
 
     def changes(self, connection: Connection) -> None:
-        """It changes something on *connection*, its session's or any other."""
-        pooled = connection.connection
-        if not self._has_changed(pooled):
-            # SQLAlchemy 1.4 makes another Connection for every change of execution options.
-            transaction = connection.get_transaction()
-            self._changed += ((pooled, connection if transaction is None else transaction.connection),)
+        """It changes something on *connection*, its session's or any other, for the first time."""
+        # SQLAlchemy 1.4 makes another Connection for every change of execution options.
+        transaction = connection.get_transaction()
+        self._changed += ((connection.connection, connection if transaction is None else transaction.connection),)
 
     def commits(self, pooled: object, error: BaseException | None) -> None:
         """COMMIT was sent on a connection of the pool, and has raised *error* if there is one."""
-        if not self._has_changed(pooled):
+        if not self.has_changed(pooled):
             return
         if error is None:
             self._committed = True
@@ -172,7 +170,8 @@ class Trial:
         if conflict is None or conflict.unknown:
             self._unknown |= all(cls.__name__ != "IntegrityError" for cls in type(error).__mro__)
 
-    def _has_changed(self, pooled: object) -> bool:
+    def has_changed(self, pooled: object) -> bool:
+        """Whether it has changed something on that connection of the pool."""
         return any(changed is pooled for changed, _connection in self._changed)
 
     def meets(self, error: BaseException, unit: Watched, *, own: bool) -> Conflict | None:

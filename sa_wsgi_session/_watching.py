@@ -335,9 +335,9 @@ def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> None:
 def _note_change(trial: Trial, statement: str, connection: Connection) -> None:
     """Tell an attempt of a statement that changes something, or comes after one that has."""
     effect = effect_of(statement)
-    if effect is Effect.MAY_COMMIT or (_ENDS_BEFORE.match(statement) and connection.dialect.name in _MYSQL):
+    if effect is Effect.MAY_COMMIT or (connection.dialect.name in _MYSQL and _ENDS_BEFORE.match(statement)):
         trial.has_committed()
-    elif effect is Effect.CHANGES:
+    elif effect is Effect.CHANGES and not trial.has_changed(connection.connection):
         if _is_in_autocommit(connection):
             trial.has_committed()
         else:
