@@ -1,0 +1,159 @@
+"""How Hypothesis makes the episodes of ``programs.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.proof.programs import (
+    KINDS,
+    NO_STATUS,
+    STATUSES,
+    Add,
+    Arm,
+    Break,
+    Commit,
+    Doom,
+    Drain,
+    Drop,
+    Episode,
+    Exchange,
+    Flush,
+    Inner,
+    Job,
+    OnCommit,
+    OnRollback,
+    Open,
+    Program,
+    Raise,
+    Read,
+    Remove,
+    Rollback,
+    Scope,
+    Server,
+    SetCommitAt,
+    Start,
+    Try,
+    Write,
+)
+
+#: What goes wrong with which fault.
+FAULTS = (
+    ("connect", "plain"),
+    ("execute", "plain"),
+    ("execute", "race"),
+    ("execute", "disconnect"),
+    ("commit", "plain"),
+    ("commit", "race"),
+    ("commit", "disconnect"),
+    ("committed", "disconnect"),
+    ("rollback", "plain"),
+)
+
+_CALLBACKS = st.sampled_from(("works", "raises", "writes"))
+
+#: What may stand anywhere.  Several times: what is done most.
+_COMMON: list[st.SearchStrategy[Any]] = [
+    st.just(Add()),
+    st.just(Add()),
+    st.just(Read()),
+    st.builds(Open, st.sampled_from((0, 1))),
+    st.just(Flush()),
+]
+_OTHER: list[st.SearchStrategy[Any]] = [
+    st.just(Drain()),
+    st.just(Drop()),
+    st.just(Break()),
+    st.just(Commit()),
+    st.just(Rollback()),
+    st.just(Remove()),
+    st.just(Doom()),
+    st.builds(OnCommit, _CALLBACKS),
+    st.builds(OnRollback, _CALLBACKS),
+    st.builds(SetCommitAt, st.sampled_from(("start", "end"))),
+    st.builds(
+        lambda fault, until: Arm(fault[0], fault[1], until), st.sampled_from(FAULTS), st.sampled_from((1, 1, 1, 2, 3))
+    ),
+    st.builds(Raise, st.sampled_from(KINDS)),
+]
+_START: st.SearchStrategy[Any] = st.builds(
+    Start,
+    st.one_of(st.sampled_from(STATUSES), st.sampled_from(STATUSES), st.sampled_from(NO_STATUS)),
+    st.booleans(),
+)
+_TO_SERVER: list[st.SearchStrategy[Any]] = [_START, st.just(Write())]
+
+
+def _steps(depth: int, *, in_exchange: bool, most: int = 4) -> st.SearchStrategy[Any]:
+    """A few steps; those that hold other steps hold less deep ones."""
+    choices = [st.one_of(_COMMON), st.one_of(_COMMON), st.one_of(_OTHER)]
+    if in_exchange:
+        choices.append(st.one_of(_TO_SERVER))
+    if depth:
+        inside = _steps(depth - 1, in_exchange=in_exchange, most=3)
+        choices.append(
+            st.one_of(
+                st.builds(Scope, st.sampled_from(("required", "nested", "requires_new")), inside),
+                st.builds(Try, inside),
+                st.builds(Inner, _exchanges(depth - 1, inner=True), st.booleans() if in_exchange else st.just(False)),
+            )
+        )
+    return st.lists(st.one_of(choices), max_size=most).map(tuple)
+
+
+def _with_start(view: tuple[Any, ...], where: int, status: str, exc_info: bool) -> tuple[Any, ...]:
+    where %= len(view) + 1
+    return (*view[:where], Start(status, exc_info), *view[where:])
+
+
+def _programs(depth: int) -> st.SearchStrategy[Program]:
+    steps = _steps(depth, in_exchange=True)
+    few = _steps(depth, in_exchange=True, most=2)
+    # Nearly every application starts a response properly: somewhere in its view.
+    started = st.builds(
+        _with_start,
+        steps,
+        st.integers(0, 4),
+        st.sampled_from(("200 OK", "200 OK", "200 OK", *STATUSES)),
+        st.sampled_from((False, False, False, True)),
+    )
+    return st.builds(
+        Program,
+        st.one_of(started, started, started, started, started, steps),
+        st.sampled_from(("list", "tuple", "file", "iterable", "iterable", "iterable", "generator", "generator")),
+        st.lists(few, max_size=3).map(tuple),
+        few,
+        st.one_of(st.none(), few, few),
+    )
+
+
+def _servers(*, inner: bool) -> st.SearchStrategy[Server]:
+    return st.builds(
+        Server,
+        st.sampled_from((None, None, None, 0, 1, 2)),
+        st.sampled_from((1, 1, 1, 1, 0, 2)),
+        # The thread around an inner request waits for it in any case.
+        st.just(False) if inner else st.sampled_from((False, False, True)),
+        st.sampled_from((False,) * 9 + (True,)),
+    )
+
+
+def _exchanges(depth: int, *, inner: bool = False) -> st.SearchStrategy[Exchange]:
+    return st.builds(Exchange, _programs(depth), _servers(inner=inner))
+
+
+def episodes(registry: str, commit_at: str, attempts: tuple[int, ...], *, depth: int = 2) -> st.SearchStrategy[Episode]:
+    """Episodes with that setting, and with steps that hold others up to that depth."""
+    exchange = _exchanges(depth)
+    job = st.builds(Job, _steps(depth, in_exchange=False), st.booleans())
+    one: st.SearchStrategy[Any] = st.one_of(exchange, exchange, exchange, job)
+    return st.builds(
+        Episode,
+        st.one_of(one.map(lambda part: (part,)), st.lists(one, min_size=2, max_size=3).map(tuple)),
+        st.lists(st.integers(0, 2), max_size=8).map(tuple),
+        st.just(registry),
+        st.sampled_from((False, False, True)) if registry == "thread-local" else st.just(False),
+        st.just(commit_at),
+        st.sampled_from(attempts),
+    )
