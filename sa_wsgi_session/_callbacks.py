@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 
 class _Waiting:
-    __slots__ = ("callback", "on_commit", "savepoint")
+    __slots__ = ("callback", "number", "on_commit", "savepoint")
 
-    def __init__(self, callback: Callback, on_commit: bool, savepoint: SessionTransaction | None) -> None:
+    def __init__(self, number: int, callback: Callback, on_commit: bool, savepoint: SessionTransaction | None) -> None:
+        #: Of the callbacks of its unit, in the order in which they were registered.
+        self.number = number
         self.callback = callback
         self.on_commit = on_commit
         #: The SAVEPOINT it belongs to; ``None`` for the transaction itself.
@@ -36,15 +38,17 @@ class _Waiting:
 class Callbacks:
     """The callbacks of one unit of work, in the order in which they were registered."""
 
-    __slots__ = ("_waiting", "due")
+    __slots__ = ("_number", "_waiting", "due")
 
     def __init__(self) -> None:
+        self._number = 0
         self._waiting: list[_Waiting] = []
         #: Those whose time has come, in that order.
-        self.due: list[Callback] = []
+        self.due: list[_Waiting] = []
 
     def add(self, callback: Callback, *, on_commit: bool, savepoint: SessionTransaction | None) -> None:
-        self._waiting.append(_Waiting(callback, on_commit, savepoint))
+        self._number += 1
+        self._waiting.append(_Waiting(self._number, callback, on_commit, savepoint))
 
     def committed(self, savepoint: SessionTransaction | None) -> None:
         """*savepoint* was released, or (``None``) the transaction is durable."""
@@ -74,7 +78,9 @@ class Callbacks:
 
     def _settle(self, remain: list[_Waiting], settled: list[_Waiting], *, committed: bool) -> None:
         self._waiting = remain
-        self.due += [waiting.callback for waiting in settled if waiting.on_commit is committed]
+        self.due += [waiting for waiting in settled if waiting.on_commit is committed]
+        # That of a SAVEPOINT is settled before what was registered around it.
+        self.due.sort(key=lambda waiting: waiting.number)
 
     def run(self) -> None:
         """Run what is due.  One that raises is logged and does not stop the others.
@@ -84,7 +90,7 @@ class Callbacks:
         interruption: BaseException | None = None
         try:
             while self.due:
-                callback = self.due.pop(0)
+                callback = self.due.pop(0).callback
                 try:
                     callback()
                 except Exception as error:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
@@ -185,12 +185,22 @@ class SessionMiddleware:
 
     def _join(self, outer: SessionScope, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """A part of the request that *outer* is: wrapped twice, or a copy of its environ."""
+        made_file = _find_file_wrapper(environ)
         try:
-            return self._app(environ, start_response)
+            body = self._app(environ, start_response)
         except BaseException as error:
-            # The innermost: a SAVEPOINT within it, perhaps.
-            cast(SessionScope, innermost(self._binder.key) or outer)._set_rollback_only(error)
+            self._spoil(outer, error)
             raise
+        if type(body) is list or type(body) is tuple or (made_file is not None and made_file(body)):
+            return body
+        return _JoinedBody(body, partial(self._spoil, outer))
+
+    def _spoil(self, outer: SessionScope, error: BaseException) -> None:
+        """*error* escapes from a part that has joined *outer*."""
+        # A body may outlive the unit of work that it has joined.
+        if self._is_running(outer):
+            # The innermost: a SAVEPOINT within it, perhaps.
+            cast(SessionScope, innermost(self._binder.key))._set_rollback_only(error)
 
     def _replay(self, environ: Environ, start_response: StartResponse, policy: RetryPolicy) -> Iterable[bytes]:
         """Attempts at the request, as long as they lose races and the policy allows another one."""
@@ -295,9 +305,14 @@ def _abort(scope: SessionScope, body: object, error: BaseException) -> None:
         if not scope._is_bound:
             scope.bind()
         scope._fail(error)
+        # At once, as in the middle of a stream: nothing is locked any more, and close() finds a session that works.
+        inside = scope._unwind()
+        with scope._first_error_stays():
+            scope._conclude()
+        rewind(inside)
         with scope._first_error_stays():
             _close(body)
-        scope._end_after_error(error)
+        scope._end()
 
 
 def _close(body: object) -> None:
@@ -385,9 +400,10 @@ class _Response:
                 )
             _check_status(status)
             if self.forwarded:
-                # The server refuses by raising exc_info if the first byte has left.
-                self._scope._refuse()
+                # The server refuses by raising exc_info if the first byte has left. Else this status decides.
                 self._write = self._start_response(status, headers, exc_info)
+                if self._veto(self._environ, status, headers):
+                    self._scope._refuse()
             else:
                 self.status, self._headers, self._exc_info = status, headers, exc_info
                 self._answered = self._error is not None
@@ -442,6 +458,8 @@ class _Response:
         if not self.forwarded:
             exc_info, self._exc_info = self._exc_info, None
             assert self.status is not None
+            # Also where the server refuses it: nothing is to be settled, or told, once more.
+            self.forwarded = True
             if exc_info is None:
                 self._write = self._start_response(self.status, self._headers)
             else:
@@ -449,13 +467,12 @@ class _Response:
                     self._write = self._start_response(self.status, self._headers, exc_info)
                 finally:
                     exc_info = None
-            self.forwarded = True
 
     def _write_to_server(self, data: bytes) -> None:
         if self._write is None:
             raise RuntimeError(
-                "write() cannot be forwarded: the server's start_response has returned None, where PEP 3333 demands a "
-                "write(body_data) callable (The write() Callable)"
+                "write() cannot be forwarded: the server's start_response has raised an exception, or has returned "
+                "None, where PEP 3333 demands a write(body_data) callable (The write() Callable)"
             )
         self._write(data)
 
@@ -521,6 +538,36 @@ def _find_file_wrapper(environ: Environ) -> Callable[[object], bool] | None:
 # The body
 
 _NOTHING = object()
+
+
+class _JoinedBody:
+    """The body of a part that has joined the request around it: handed through, but what it raises is told."""
+
+    __slots__ = ("_body", "_raises")
+
+    def __init__(self, body: Any, raises: Callable[[BaseException], None]) -> None:
+        self._body = body
+        self._raises = raises
+
+    def __iter__(self) -> Iterator[bytes]:
+        # Not "yield from", which would close the body where the server only drops this.
+        iterator = iter(self._body)
+        while True:
+            try:
+                chunk = next(iterator, None)
+            except BaseException as error:
+                self._raises(error)
+                raise
+            if chunk is None:
+                return
+            yield chunk
+
+    def close(self) -> None:
+        try:
+            _close(self._body)
+        except BaseException as error:
+            self._raises(error)
+            raise
 
 
 class _Stream:

@@ -252,9 +252,12 @@ class SessionScope(Watched):
     def _waits_for_body(self) -> bool:
         """Whether the transaction must outlive the start of the response."""
         session = self.binder.peek(self)
-        if session is None or not session.in_transaction() or not session.is_active:
-            return False
         commits = not self._refused and self._doomed is None
+        if session is None or not session.in_transaction():
+            # Nothing was done yet, but what the body does is waited for by what was registered in the view.
+            return commits and self._commit_at == "end"
+        if not session.is_active:
+            return False
         if commits:
             # Better now, while an error is still an error page, than in the middle of the body.
             self._check_commit(session)

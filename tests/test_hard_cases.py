@@ -1665,5 +1665,31 @@ def test_a_server_without_write_is_named_when_the_application_writes(world: Worl
         start_response("200 OK", PLAIN)(b"written")
         return []
 
-    with pytest.raises(RuntimeError, match="start_response has returned None, where PEP 3333 demands"):
+    with pytest.raises(RuntimeError, match="or has returned None, where PEP 3333 demands"):
         SessionMiddleware(app, world.Session)(make_environ(), start_nothing([]))
+
+
+@in_each_registry
+def test_the_body_of_a_request_that_has_joined_may_outlive_the_one_around_it(world: World) -> None:
+    class Failing(Body):
+        def __iter__(self) -> Any:
+            raise ValueError("too late")
+
+    kept = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", PLAIN)
+        if "inner" in environ:
+            return Failing([])
+        kept.append(middleware({**environ, "inner": True}, start_response=lambda status, headers: None))
+        Session.add(note("the request's"))
+        return [b"done"]
+
+    Session = world.Session
+    middleware = SessionMiddleware(app, Session)
+    request(middleware)
+    assert world.durable() == ["the request's"]
+
+    with pytest.raises(ValueError, match="too late"), session_scope(Session):
+        # Of which it knows nothing.
+        next(iter(kept[0]))
