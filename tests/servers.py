@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ server=$!
 {
     read -r _ <&3 && done=yes || done=no
     kill -s "$signal" $server
+    # One that was stopped would not hear of it.
+    kill -s CONT $server
     if [ $done = no ]; then
         while kill -0 $server; do sleep 0.1; done
         cd / && rm -rf "$folder"
@@ -79,10 +82,22 @@ def _version(folder: str) -> list[int]:
 class DatabaseServer:
     """A database server that runs, and the way to databases of one's own on it."""
 
-    def __init__(self, url: URL) -> None:
+    #: How it is made to end at once, in the midst of everything, and to leave the clearing up to the next start.
+    crash: signal.Signals = signal.SIGKILL
+
+    def __init__(self, url: URL, pid_file: Path) -> None:
         #: Where its maintenance database is.
         self.url = url
+        #: Lets it crash, and starts it again with what it has kept, on the same port.  What was committed is there only
+        #: where it was started with ``keeps_commits``.
+        self.restart: Callable[[], None]
+        self._pid_file = pid_file
         self._numbers = count(1)
+
+    @property
+    def pid(self) -> int:
+        """The process that all connections end with."""
+        return int(self._pid_file.read_text().split()[0])
 
     @contextlib.contextmanager
     def database(self) -> Iterator[URL]:
@@ -107,6 +122,9 @@ class DatabaseServer:
 
 
 class PostgreSQLServer(DatabaseServer):
+    # The "immediate shutdown".  After a SIGKILL, its backends would go on for a while.
+    crash = signal.SIGQUIT
+
     def _drop(self, name: str) -> None:
         # Even by force it drops no database that a prepared transaction still uses.
         for (gid,) in self.execute(f"SELECT gid FROM pg_prepared_xacts WHERE database = '{name}'"):
@@ -125,10 +143,12 @@ class MariaDBServer(DatabaseServer):
 
 
 @contextlib.contextmanager
-def run_postgresql(*, max_prepared_transactions: int = 20) -> Iterator[DatabaseServer]:
+def run_postgresql(*, max_prepared_transactions: int = 20, keeps_commits: bool = False) -> Iterator[DatabaseServer]:
     """Run a PostgreSQL server that trusts everybody and keeps nothing.
 
     The URL's driver is psycopg2, which all the supported versions of SQLAlchemy know.
+
+    :param keeps_commits: what was committed outlives a crash of the server, though not one of the machine.
     """
     folders = ["/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin"]
     initdb = find_program("initdb", folders=folders)
@@ -149,8 +169,9 @@ def run_postgresql(*, max_prepared_transactions: int = 20) -> Iterator[DatabaseS
                 "unix_socket_directories": "",
                 "max_prepared_transactions": max_prepared_transactions,
                 "fsync": "off",
-                "full_page_writes": "off",
-                "synchronous_commit": "off",
+                # The kernel has what was written, unless a process was killed in the middle of that.
+                "full_page_writes": "on" if keeps_commits else "off",
+                "synchronous_commit": "on" if keeps_commits else "off",
                 "shared_buffers": "16MB",
                 "autovacuum": "off",
             }
@@ -158,7 +179,10 @@ def run_postgresql(*, max_prepared_transactions: int = 20) -> Iterator[DatabaseS
 
         def server(port: int) -> DatabaseServer:
             return PostgreSQLServer(
-                URL.create("postgresql+psycopg2", username="postgres", host="127.0.0.1", port=port, database="postgres")
+                URL.create(
+                    "postgresql+psycopg2", username="postgres", host="127.0.0.1", port=port, database="postgres"
+                ),
+                data / "postmaster.pid",
             )
 
         # SIGQUIT, the "immediate shutdown": nothing in there is wanted any more.
@@ -167,8 +191,12 @@ def run_postgresql(*, max_prepared_transactions: int = 20) -> Iterator[DatabaseS
 
 
 @contextlib.contextmanager
-def run_mariadb() -> Iterator[DatabaseServer]:
-    """Run a MariaDB server that trusts everybody and keeps nothing. The URL's driver is PyMySQL."""
+def run_mariadb(*, keeps_commits: bool = False, options: Sequence[str] = ()) -> Iterator[DatabaseServer]:
+    """Run a MariaDB server that trusts everybody and keeps nothing. The URL's driver is PyMySQL.
+
+    :param keeps_commits: what was committed outlives a crash of the server, though not one of the machine.
+    :param options: of the server, in addition.
+    """
     folders = ["/usr/sbin", "/usr/local/sbin", "/usr/libexec"]
     install = find_program("mariadb-install-db", "mysql_install_db", folders=folders)
     mariadbd = find_program("mariadbd", "mysqld", folders=folders)
@@ -207,16 +235,19 @@ def run_mariadb() -> Iterator[DatabaseServer]:
                 "--character-set-server=utf8mb4",
                 "--innodb-buffer-pool-size=16M",
                 "--innodb-log-file-size=8M",
-                "--innodb-flush-log-at-trx-commit=0",
-                "--innodb-doublewrite=0",
+                # The kernel has what was written, unless the server was killed in the middle of that.
+                f"--innodb-flush-log-at-trx-commit={2 if keeps_commits else 0}",
+                f"--innodb-doublewrite={int(keeps_commits)}",
                 "--innodb-use-native-aio=0",
                 "--innodb-fast-shutdown=2",
                 "--performance-schema=off",
+                *options,
             ]
 
         def server(port: int) -> DatabaseServer:
             return MariaDBServer(
-                URL.create("mysql+pymysql", username="root", host="127.0.0.1", port=port, database="mysql")
+                URL.create("mysql+pymysql", username="root", host="127.0.0.1", port=port, database="mysql"),
+                folder / "pid",
             )
 
         with _running(command, server, "TERM", folder / "server.log", user) as running:
@@ -234,16 +265,37 @@ def _running(
     for attempt in range(1, PORTS_TO_TRY + 1):
         # Somebody else may take the port before the server does: then another one is tried.
         port = free_port()
-        with _guarded(command(port), signal_name, log, user) as guard:
-            running = server(port)
+        running = server(port)
+        with contextlib.ExitStack() as life:
+            start = partial(_start, running, life, command(port), signal_name, log, user)
             try:
-                _wait_until_it_answers(running, guard, log)
+                start()
             except RuntimeError:
                 if attempt == PORTS_TO_TRY or "in use" not in log.read_text(errors="replace"):
                     raise
                 continue
+            running.restart = partial(_restart, running, life, start)
             yield running
             return
+
+
+def _start(
+    server: DatabaseServer,
+    life: contextlib.ExitStack,
+    command: list[str],
+    signal_name: str,
+    log: Path,
+    user: str | None,
+) -> None:
+    guard = life.enter_context(_guarded(command, signal_name, log, user))
+    _wait_until_it_answers(server, guard, log)
+
+
+def _restart(server: DatabaseServer, life: contextlib.ExitStack, start: Callable[[], None]) -> None:
+    os.kill(server.pid, server.crash)
+    # Waits until it is gone.
+    life.close()
+    start()
 
 
 @contextlib.contextmanager

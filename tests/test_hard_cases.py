@@ -15,7 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from sa_wsgi_session import NoActiveScope, RollbackOnlyError, SessionMiddleware, current_scope
+from sa_wsgi_session import NoActiveScope, RollbackOnlyError, SessionMiddleware, current_scope, session_scope
 from tests.support import (
     PLAIN,
     REGISTRIES,
@@ -1669,20 +1669,19 @@ def test_a_server_without_write_is_named_when_the_application_writes(world: Worl
         SessionMiddleware(app, world.Session)(make_environ(), start_nothing([]))
 
 
-@in_each_registry
 def test_the_body_of_a_request_that_has_joined_may_outlive_the_one_around_it(world: World) -> None:
-    class Failing(Body):
-        def __iter__(self) -> Any:
-            raise ValueError("too late")
+    def fail() -> Iterator[bytes]:
+        raise ValueError("too late")
+        yield b""
 
     kept = []
 
     def app(environ: Any, start_response: Any) -> Any:
         start_response("200 OK", PLAIN)
         if "inner" in environ:
-            return Failing([])
+            return fail()
         kept.append(middleware({**environ, "inner": True}, start_response=lambda status, headers: None))
-        Session.add(note("the request's"))
+        Session.add(Note(text="the request's"))
         return [b"done"]
 
     Session = world.Session
