@@ -100,6 +100,10 @@ class Watch:
         if not self.changed and effect_of(statement):
             self.changed = True
 
+    def failed(self, context: object) -> None:
+        """The statement of that execution context has no result; the exception may keep the context alive."""
+        self._contexts = [reference for reference in self._contexts if reference() is not context]
+
     def has_open_result(self) -> bool:
         return any(_is_open(reference()) for reference in self._contexts)
 
@@ -411,6 +415,8 @@ def _handle_error(context: ExceptionContext) -> None:
     frame = here.get()
     while frame is not None:
         if frame.unit is not None and frame.unit.within is None:
+            if frame.unit.watch is not None:
+                frame.unit.watch.failed(context.execution_context)
             frame.unit.meets(error, own=in_transaction and frame.unit.uses(connection))
         frame = frame.outer
 

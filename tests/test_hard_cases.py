@@ -1692,3 +1692,23 @@ def test_the_body_of_a_request_that_has_joined_may_outlive_the_one_around_it(wor
     with pytest.raises(ValueError, match="too late"), session_scope(Session):
         # Of which it knows nothing.
         kept[0].read()
+
+
+@pytest.mark.skipif(sa.__version__.startswith("1.4."), reason="there, errors are listened to under a retry policy only")
+def test_a_statement_that_has_failed_in_a_savepoint_leaves_no_result_open(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = []
+
+    def view() -> Any:
+        world.Session.add(Note(text="kept"))
+        try:
+            with world.Session.begin_nested():
+                world.Session.execute(sa.text("SELECT nonsense"))
+        except SQLAlchemyError as error:
+            kept.append(error)  # and with it the frames of SQLAlchemy
+        return (chunk for chunk in [b"chunk"])
+
+    request(serve(world, view))
+    assert world.durable() == ["kept"]
+    assert not caplog.records

@@ -528,7 +528,8 @@ class Run:
 
     def _tell_of(self, error: BaseException, where: str) -> None:
         self._stage.trace.append(("raised", self.who, where, label_of(error)))
-        self.leaves = None if isinstance(error, Exception) else error
+        # Without its traceback, which would keep what has raised it.
+        self.leaves = None if isinstance(error, Exception) else error.with_traceback(None)
 
     #: What the server of an inner exchange lets out.
     leaves: BaseException | None = None

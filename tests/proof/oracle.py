@@ -459,6 +459,8 @@ class Unit:
         self.commit_at = commit_at
         #: The status was handed on: ``commit_at`` has been read.
         self.begun = False
+        #: The response has failed before that.
+        self.failed = False
         self.session = Session(database, self)
         self.parts = [Part()]
         self.callbacks: list[Callback] = []
@@ -1141,7 +1143,7 @@ class Oracle:
         self._attempts.pop()
         unit.attempt = None
         if replay:
-            raise Replay
+            self._replay()
         self.call_back(unit)
         if failure is not None:
             raise failure
@@ -1160,7 +1162,7 @@ class Oracle:
 
     def _fail(self, response: Response, unit: Unit, body: Body | None) -> None:
         """Roll back what the attempt has done, and close its body."""
-        response.failed = True
+        response.failed = unit.failed = True
         unit.abort()
         if body is not None and isinstance(body, Own):
             # The first exception stays the one that is raised.
@@ -1191,9 +1193,17 @@ class Oracle:
         finally:
             self._units.pop()
 
+    def _replay(self) -> None:
+        if any(around.session.pending for around in self._units):
+            raise Unspecified("a replay within a unit of work that has changed something and not flushed it")
+        raise Replay
+
     def _next_attempt(self, player: Player, number: int, unit: Unit) -> None:
         player.attempt = unit.number = number
         player.started = False
+        for result in player.results:
+            result.kept = False
+        player.results = []
 
     def _job(self, job: Job, player: Player) -> None:
         attempts = self._episode.attempts if job.decorated else 1
@@ -1235,7 +1245,7 @@ class Oracle:
         if attempt is not None:
             self._attempts.pop()
             if failure is not None and attempt.replayed(attempt.failed_by(failure)):
-                raise Replay
+                self._replay()
         self.call_back(unit)
         if failure is not None:
             raise failure
@@ -1336,6 +1346,8 @@ class Oracle:
                     raise Thrown("ValueError")
                 if unit.begun:
                     raise Thrown("RuntimeError")
+                if unit.failed:
+                    raise Unspecified("commit_at, after the response has failed")
                 unit.commit_at = value
             case Scope(propagation, steps):
                 self._scope(propagation, steps, unit, player)

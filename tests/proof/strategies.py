@@ -51,6 +51,9 @@ FAULTS = (
     ("rollback", "plain"),
 )
 
+_FAULTS: st.SearchStrategy[Any] = st.builds(
+    lambda fault, until: Arm(fault[0], fault[1], until), st.sampled_from(FAULTS), st.sampled_from((1, 1, 1, 2, 3))
+)
 _CALLBACKS = st.sampled_from(("works", "raises", "writes"))
 
 #: What may stand anywhere.  Several times: what is done most.
@@ -72,9 +75,7 @@ _OTHER: list[st.SearchStrategy[Any]] = [
     st.builds(OnCommit, _CALLBACKS),
     st.builds(OnRollback, _CALLBACKS),
     st.builds(SetCommitAt, st.sampled_from(("start", "end"))),
-    st.builds(
-        lambda fault, until: Arm(fault[0], fault[1], until), st.sampled_from(FAULTS), st.sampled_from((1, 1, 1, 2, 3))
-    ),
+    _FAULTS,
     st.builds(Raise, st.sampled_from(KINDS)),
 ]
 _START: st.SearchStrategy[Any] = st.builds(
@@ -85,13 +86,13 @@ _START: st.SearchStrategy[Any] = st.builds(
 _TO_SERVER: list[st.SearchStrategy[Any]] = [_START, st.just(Write())]
 
 
-def _steps(depth: int, *, in_exchange: bool, most: int = 4) -> st.SearchStrategy[Any]:
+def _steps(depth: int, *, in_exchange: bool, least: int = 0, most: int = 4) -> st.SearchStrategy[Any]:
     """A few steps; those that hold other steps hold less deep ones."""
     choices = [st.one_of(_COMMON), st.one_of(_COMMON), st.one_of(_OTHER)]
     if in_exchange:
         choices.append(st.one_of(_TO_SERVER))
     if depth:
-        inside = _steps(depth - 1, in_exchange=in_exchange, most=3)
+        inside = _steps(depth - 1, in_exchange=in_exchange, least=1, most=3)
         choices.append(
             st.one_of(
                 st.builds(Scope, st.sampled_from(("required", "nested", "requires_new")), inside),
@@ -99,16 +100,30 @@ def _steps(depth: int, *, in_exchange: bool, most: int = 4) -> st.SearchStrategy
                 st.builds(Inner, _exchanges(depth - 1, inner=True), st.booleans() if in_exchange else st.just(False)),
             )
         )
-    return st.lists(st.one_of(choices), max_size=most).map(tuple)
+    return st.lists(st.one_of(choices), min_size=least, max_size=most).map(tuple)
 
 
 def _with_start(view: tuple[Any, ...], where: int, status: str, exc_info: bool) -> tuple[Any, ...]:
-    where %= len(view) + 1
-    return (*view[:where], Start(status, exc_info), *view[where:])
+    return _with(Start(status, exc_info), view, where)
+
+
+def _with(step: Any, steps: tuple[Any, ...], where: int) -> tuple[Any, ...]:
+    where %= len(steps) + 1
+    return (*steps[:where], step, *steps[where:])
+
+
+def _view(depth: int, *, in_exchange: bool) -> st.SearchStrategy[Any]:
+    """Steps that do something; some of them with a change and a fault for sure."""
+    steps = _steps(depth, in_exchange=in_exchange, least=1, most=5)
+    late = st.builds(
+        lambda steps, fault, where: (*_with(Add(), steps, where), fault), steps, _FAULTS, st.integers(0, 4)
+    )
+    early = st.builds(lambda fault, steps: (fault, *steps), _FAULTS, steps)
+    return st.one_of(steps, steps, steps, late, early)
 
 
 def _programs(depth: int) -> st.SearchStrategy[Program]:
-    steps = _steps(depth, in_exchange=True)
+    steps = _view(depth, in_exchange=True)
     few = _steps(depth, in_exchange=True, most=2)
     # Nearly every application starts a response properly: somewhere in its view.
     started = st.builds(
@@ -146,7 +161,7 @@ def _exchanges(depth: int, *, inner: bool = False) -> st.SearchStrategy[Exchange
 def episodes(registry: str, commit_at: str, attempts: tuple[int, ...], *, depth: int = 2) -> st.SearchStrategy[Episode]:
     """Episodes with that setting, and with steps that hold others up to that depth."""
     exchange = _exchanges(depth)
-    job = st.builds(Job, _steps(depth, in_exchange=False), st.booleans())
+    job = st.builds(Job, _view(depth, in_exchange=False), st.booleans())
     one: st.SearchStrategy[Any] = st.one_of(exchange, exchange, exchange, job)
     return st.builds(
         Episode,
