@@ -134,7 +134,7 @@ def run_wsgi_server(server: WSGIServer, environment: Mapping[str, str], log: Pat
             ours = {**environment, "HOME": name, "TMPDIR": name, "GUEST_BOOK_GO_ON": str(go_on)}
             # One that streams on for ever does not end by itself either.
             patience = 1 if server.streams_on else SECONDS_TO_STOP
-            with _process(server.command(port, folder), log, ours, folder, patience) as process:
+            with run_process(server.command(port, folder), log, ours, folder, patience) as process:
                 running = Running(port, process, log, go_on)
                 try:
                     _wait_until_it_answers(server, running)
@@ -147,7 +147,7 @@ def run_wsgi_server(server: WSGIServer, environment: Mapping[str, str], log: Pat
 
 
 @contextlib.contextmanager
-def _process(
+def run_process(
     command: list[str], log: Path, environment: Mapping[str, str], folder: Path, patience: float
 ) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
@@ -195,7 +195,7 @@ def _wait_until_it_answers(server: WSGIServer, running: Running) -> None:
         time.sleep(0.02)
 
 
-def _script(name: str) -> str:
+def script(name: str) -> str:
     """The path of a script that was installed with one of the distributions."""
     # Not from the PATH first: that may be of another environment.
     return shutil.which(name, path=sysconfig.get_path("scripts")) or find_program(name)
@@ -203,7 +203,7 @@ def _script(name: str) -> str:
 
 def _waitress(port: int, folder: Path) -> list[str]:
     return [
-        _script("waitress-serve"),
+        script("waitress-serve"),
         f"--listen=127.0.0.1:{port}",
         f"--threads={THREADS}",
         # How far a stream may run ahead of its client, 16 MB unless told: the whole export, and no stream would ever
@@ -216,14 +216,14 @@ def _waitress(port: int, folder: Path) -> list[str]:
 def _gunicorn(*options: str) -> Callable[[int, Path], list[str]]:
     def command(port: int, folder: Path) -> list[str]:
         address = f"--bind=127.0.0.1:{port}"
-        return [_script("gunicorn"), address, "--no-control-socket", *options, APPLICATION]
+        return [script("gunicorn"), address, "--no-control-socket", *options, APPLICATION]
 
     return command
 
 
 def _uwsgi(port: int, folder: Path) -> list[str]:
     return [
-        _script("uwsgi"),
+        script("uwsgi"),
         f"--http-socket=127.0.0.1:{port}",
         f"--module={APPLICATION}",
         f"--threads={THREADS}",
@@ -242,7 +242,7 @@ def _apache_version() -> dict[str, str]:
 
 def _mod_wsgi(port: int, folder: Path) -> list[str]:
     command = [
-        _script("mod_wsgi-express"),
+        script("mod_wsgi-express"),
         "start-server",
         "--application-type=module",
         MODULE,
@@ -272,21 +272,21 @@ def _mod_wsgi(port: int, folder: Path) -> list[str]:
 
 
 def _cheroot(port: int, folder: Path) -> list[str]:
-    return [_script("cheroot"), f"--bind=127.0.0.1:{port}", f"--threads={THREADS}", APPLICATION]
+    return [script("cheroot"), f"--bind=127.0.0.1:{port}", f"--threads={THREADS}", APPLICATION]
 
 
 def _granian(port: int, folder: Path) -> list[str]:
     options = ["--interface=wsgi", "--host=127.0.0.1", f"--port={port}", f"--blocking-threads={THREADS}"]
-    return [_script("granian"), *options, APPLICATION]
+    return [script("granian"), *options, APPLICATION]
 
 
 def _uvicorn(port: int, folder: Path) -> list[str]:
     options = ["--host=127.0.0.1", f"--port={port}", "--factory"]
-    return [_script("uvicorn"), *options, f"{MODULE}:asgi_application"]
+    return [script("uvicorn"), *options, f"{MODULE}:asgi_application"]
 
 
 def _hypercorn(port: int, folder: Path) -> list[str]:
-    return [_script("hypercorn"), f"--bind=127.0.0.1:{port}", f"wsgi:{APPLICATION}"]
+    return [script("hypercorn"), f"--bind=127.0.0.1:{port}", f"wsgi:{APPLICATION}"]
 
 
 def _werkzeug(port: int, folder: Path) -> list[str]:
