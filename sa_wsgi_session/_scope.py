@@ -414,6 +414,8 @@ class SessionScope(Watched):
                 transaction = session.get_transaction() or session.begin()
             except Exception as second:
                 warn_of_error(second, "%s: could not tell its transaction", self)
+        if self._rollback_only is not None and self._rollback_only[0] is transaction:
+            return  # what comes after it in that transaction comes of it
         self._rollback_only = (
             transaction,
             error,

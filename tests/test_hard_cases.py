@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, SQLAlchemyError
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from sa_wsgi_session import NoActiveScope, RollbackOnlyError, SessionMiddleware, current_scope, session_scope
 from tests.support import (
@@ -193,6 +194,27 @@ def test_a_statement_error_on_postgresql_that_the_application_rolls_back_is_none
 
     request(serve(postgresql_world, view))
     assert postgresql_world.durable() == ["kept"]
+
+
+@pytest.mark.skipif(not hasattr(SessionTransaction, "connections"), reason="a session does not tell its connections")
+def test_a_swallowed_statement_error_on_postgresql_in_a_thread_of_the_applications_is_an_error_too(
+    postgresql_world: World,
+) -> None:
+    def fail(session: Session) -> None:
+        session.execute(sa.insert(Note).values(text="lost"))
+        with suppress(SQLAlchemyError):
+            session.execute(sa.text("SELECT no_such_column FROM note"))
+
+    def view() -> Any:
+        # Which has no unit of work: nobody sees what connection the session takes.
+        thread = threading.Thread(target=fail, args=[postgresql_world.Session()])
+        thread.start()
+        thread.join()
+        return [b"all is well"]
+
+    assert Refused(serve(postgresql_world, view), RollbackOnlyError, "aborted").told == []
+    assert postgresql_world.checked_out == 0
+    assert postgresql_world.durable() == []
 
 
 @pytest.mark.parametrize("end", ["veto", "doom"])
@@ -440,6 +462,27 @@ def test_a_commit_that_fails_in_write_reaches_the_server_before_any_status(any_w
     assert refused.told == []
     assert any_world.checked_out == 0
     assert any_world.durable() == ["taken"]
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["at the commit", "before it, because a result is open"])
+def test_a_session_that_could_not_be_committed_in_write_can_be_used_at_once(any_world: World, reads: bool) -> None:
+    any_world.insert("here", "taken")
+
+    @writing(any_world)
+    def app(send: Any) -> Any:
+        session = any_world.Session()
+        result = session.execute(sa.select(Note.text))
+        if not reads:
+            result.all()
+        session.add(Note(text="taken"))
+        with suppress(IntegrityError):
+            send(b"1")
+        assert any_world.checked_out == 0
+        assert session.query(Note).count() == 2
+        return [b"all is well"]
+
+    assert Refused(app, IntegrityError).told == []
+    assert any_world.durable() == ["here", "taken"]
 
 
 @pytest.mark.parametrize("data", ["text", 1, None, bytearray(b"x")], ids=repr)
@@ -1530,6 +1573,20 @@ def test_each_outcome_is_logged_for_who_debugs(
     assert "secret" not in record.getMessage()
 
 
+def test_a_commit_that_fails_is_logged_with_the_type_of_its_error_for_who_debugs(
+    world: World, log: pytest.LogCaptureFixture
+) -> None:
+    world.insert(SECRET)
+
+    def view() -> Any:
+        world.Session.add(Note(text=SECRET))
+        return iter([b"x"])
+
+    Refused(serve(world, view), IntegrityError)
+    assert log.messages[0] == "GET /: rolled back (the commit failed: sqlalchemy.exc.IntegrityError)"
+    assert SECRET not in log.text
+
+
 def test_the_reason_of_a_doomed_request_is_logged(world: World, log: pytest.LogCaptureFixture) -> None:
     def view() -> Any:
         write(world, "lost")
@@ -1587,6 +1644,11 @@ def test_a_path_without_end_does_not_fill_the_log(one_world: World, log: pytest.
     request(serve(one_world, lambda: [b"x"]), "/" + "\n" * 100_000, "M" * 100_000)
     (record,) = log.records
     assert len(record.getMessage()) < 1000
+
+
+def test_a_path_is_logged_up_to_its_two_hundredth_character(one_world: World, log: pytest.LogCaptureFixture) -> None:
+    request(serve(one_world, lambda: [b"x"]), "/" + "a" * 198 + "bc")
+    assert log.messages == ["GET /" + "a" * 198 + "b: nothing to commit or roll back"]
 
 
 def test_an_environ_without_path_or_method_is_served_all_the_same(

@@ -83,23 +83,24 @@ _START: st.SearchStrategy[Any] = st.builds(
     st.one_of(st.sampled_from(STATUSES), st.sampled_from(STATUSES), st.sampled_from(NO_STATUS)),
     st.booleans(),
 )
-_TO_SERVER: list[st.SearchStrategy[Any]] = [_START, st.just(Write())]
+_TO_SERVER: list[st.SearchStrategy[Any]] = [_START, st.just(Write()), st.just(Write())]
 
 
 def _steps(depth: int, *, in_exchange: bool, least: int = 0, most: int = 4) -> st.SearchStrategy[Any]:
     """A few steps; those that hold other steps hold less deep ones."""
-    choices = [st.one_of(_COMMON), st.one_of(_COMMON), st.one_of(_OTHER)]
+    # Not so much of what ends everything else.
+    choices = [st.one_of(_COMMON)] * 5 + [st.one_of(_OTHER)] * 3
     if in_exchange:
         choices.append(st.one_of(_TO_SERVER))
     if depth:
         inside = _steps(depth - 1, in_exchange=in_exchange, least=1, most=3)
-        choices.append(
+        choices += 2 * [
             st.one_of(
                 st.builds(Scope, st.sampled_from(("required", "nested", "requires_new")), inside),
                 st.builds(Try, inside),
                 st.builds(Inner, _exchanges(depth - 1, inner=True), st.booleans() if in_exchange else st.just(False)),
             )
-        )
+        ]
     return st.lists(st.one_of(choices), min_size=least, max_size=most).map(tuple)
 
 
