@@ -220,8 +220,11 @@ class Trial:
         session = unit.binder.peek(unit)
         if session is None or self._transaction is None or self._transaction is not session.get_transaction():
             return False
-        if self._conflict is not None and self._conflict.survived and session.is_active:
+        conflict = self._conflict
+        if conflict is not None and conflict.survived and session.is_active:
             return False
+        if conflict is not None and (conflict.undone or conflict.disconnect):
+            return True  # the whole transaction, whatever becomes of the SAVEPOINT
         return self._savepoint is None or is_open(session, self._savepoint)
 
     def _is_open_elsewhere(self, unit: Watched) -> bool:

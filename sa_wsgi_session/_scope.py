@@ -379,6 +379,15 @@ class SessionScope(Watched):
                     except BaseException:
                         self._roll_back_savepoint(session, savepoint)
                         raise
+            elif (
+                (self._refused or self._doomed is not None)
+                and session is not None
+                and savepoint is not None
+                and session.in_transaction()
+                and session.get_transaction() is not _root_of(savepoint)
+            ):
+                # All that is in this transaction was done since, in here.
+                self._roll_back(session)
         finally:
             self._state = State.ENDED
             self._rollback_only = None
@@ -535,6 +544,13 @@ class SessionScope(Watched):
             session.invalidate()
         except Exception as error:
             warn_of_error(error, "%s: discarding its connection failed", self)
+
+
+def _root_of(savepoint: SessionTransaction) -> SessionTransaction:
+    transaction = savepoint
+    while transaction.parent is not None:
+        transaction = transaction.parent
+    return transaction
 
 
 def _is_pristine(session: Session) -> bool:

@@ -16,17 +16,23 @@ from tests.proof.programs import (
     Add,
     Arm,
     Break,
+    Commit,
+    Doom,
     Episode,
     Exchange,
+    Flush,
     Inner,
     Job,
     OnCommit,
     OnRollback,
     Program,
     Raise,
+    Read,
+    Rollback,
     Scope,
     Server,
     Start,
+    Try,
     Write,
 )
 
@@ -38,8 +44,8 @@ def exchange(view: Any, chunks: Any = (), last: Any = (), close: Any = None, **s
     return Exchange(Program(tuple(view), "iterable", tuple(chunks), tuple(last), close), Server(**plan))
 
 
-def episode(part: Exchange | Job, *, commit_at: str = "start") -> Episode:
-    return Episode((part,), (), "thread-local", False, commit_at, 1)
+def episode(part: Exchange | Job, *, commit_at: str = "start", attempts: int = 1) -> Episode:
+    return Episode((part,), (), "thread-local", False, commit_at, attempts)
 
 
 FOUND = {
@@ -73,6 +79,30 @@ FOUND = {
     ),
     "callbacks run in the order in which they were registered, those of a SAVEPOINT too": episode(
         Job((OnRollback("works"), Scope("nested", (OnRollback("works"), Break()))), decorated=False)
+    ),
+    "a doomed part that has ended its SAVEPOINT itself keeps nothing of what it did then": episode(
+        Job((Add(), Scope("nested", (Commit(), Add(), Doom()))), decorated=False)
+    ),
+    "nor does one that has failed": episode(
+        Job((Add(), Try((Scope("nested", (Rollback(), Add(), Raise("ValueError"))),))), decorated=False)
+    ),
+    "a commit of a part's own that has failed fails the whole": episode(
+        Job((Add(), Arm("commit", "plain", 1), Try((Scope("nested", (Commit(),)),)), Add()), decorated=False)
+    ),
+    "a connection that was lost in a SAVEPOINT is a lost race, whatever fails because of it": episode(
+        exchange([Arm("execute", "disconnect", 1), Try((Scope("nested", (Read(),)),)), Add(), Flush(), OK]), attempts=2
+    ),
+    "of several errors in parts that have joined, the first one is the cause": episode(
+        exchange(
+            [
+                OK,
+                Scope(
+                    "nested",
+                    (Inner(exchange([Add(), Arm("execute", "race", 1)], close=(Read(),), closes=2), True),),
+                ),
+            ]
+        ),
+        attempts=2,
     ),
 }
 

@@ -1275,7 +1275,7 @@ class Oracle:
         """To its ``SAVEPOINT``; where the application has ended that, all that it has begun since."""
         if session.holds(level):
             session.rollback_level(level)
-        else:
+        elif unit.session.level is not None and unit.session.level.root() is not level.root():
             with suppress(Thrown):
                 unit.session.rollback()
 
