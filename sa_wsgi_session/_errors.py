@@ -40,6 +40,14 @@ def type_name(value: object) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def shown(value: object) -> str:
+    """The ``repr`` of *value*, or the name of its type where it has none (Python writes no integer of 4,301 digits)."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"an object of type {type_name(value)}"
+
+
 def warn_of_error(error: BaseException, message: str, *args: object) -> None:
     """Log a WARNING with the type of *error* and the lines of code it passed through.
 

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ._binding import binder_of, innermost
-from ._errors import NoActiveScope, callable_name, type_name
+from ._errors import NoActiveScope, callable_name, shown, type_name
 from ._retry import RetryPolicy, Trial, check_retry
 from ._scope import SessionScope, State
 from ._watching import listen
@@ -209,7 +209,7 @@ def with_session(
 def check_propagation(value: object) -> str:
     if isinstance(value, str) and value in PROPAGATION:
         return value
-    raise ValueError(f'propagation must be "required", "nested" or "requires_new", not {value!r}')
+    raise ValueError(f'propagation must be "required", "nested" or "requires_new", not {shown(value)}')
 
 
 def _check_function(function: Callable[..., object], argument: str) -> None:

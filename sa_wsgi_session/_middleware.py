@@ -323,7 +323,8 @@ def _close(body: object) -> None:
 
 # What the application says: start_response and write()
 
-_STATUS = re.compile(r"[1-9][0-9]{2}(?: [^\x00-\x1f\x7f]*)?")
+#: In ISO-8859-1, as PEP 3333 demands of all its strings (A Note On String Types): no server can send another one.
+_STATUS = re.compile(r"[1-9][0-9]{2}(?: [\x20-\x7e\x80-\xff]*)?")
 _ONLY_BYTES = frozenset({bytes})
 
 
@@ -341,8 +342,8 @@ def _check_status(status: object) -> None:
     if not _is_status(status):
         raise ValueError(
             f'start_response was called with the status {status[:100]!r}: PEP 3333 demands "a '
-            f"status string of the form '999 Message here'\", without control characters (The "
-            f"start_response() Callable)"
+            f"status string of the form '999 Message here'\", in ISO-8859-1 and without control "
+            f"characters (The start_response() Callable)"
         )
 
 

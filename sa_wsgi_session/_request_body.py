@@ -6,6 +6,7 @@ Imported only where there is a ``RetryPolicy``, because WebOb takes its time.
 from __future__ import annotations
 
 import io
+import re
 from typing import IO, Any
 
 from webob.request import BaseRequest
@@ -34,7 +35,8 @@ class RequestBody:
         self._kept: Any = None
         # Transfer-Encoding overrides the length (RFC 9112, Message Body Length).
         length = environ.get("CONTENT_LENGTH") if "HTTP_TRANSFER_ENCODING" not in environ else None
-        if length and length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= limit:
+        # A text, by PEP 3333; but some environs are made by hand.
+        if isinstance(length, str) and re.fullmatch("[0-9]{1,19}", length) and int(length) <= limit:
             _Request(environ).make_body_seekable()
             self._kept = environ["wsgi.input"]
         elif not length and environ.get("wsgi.input_terminated"):
@@ -45,11 +47,11 @@ class RequestBody:
         rest = environ["wsgi.input"]
         beginning = io.BytesIO()
         missing = limit + 1
-        while missing and (data := rest.read(min(missing, _AT_ONCE))):
+        while missing > 0 and (data := rest.read(min(missing, _AT_ONCE))):
             beginning.write(data)
             missing -= len(data)
         beginning.seek(0)
-        if missing:
+        if missing > 0:
             self._kept = environ["wsgi.input"] = beginning
         else:
             environ["wsgi.input"] = io.BufferedReader(_Joined(beginning, rest))

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from random import uniform
+from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING
 
 from ._binding import frames_around
-from ._errors import log, type_name, warn_of_error, why_unusable
+from ._errors import log, shown, type_name, warn_of_error, why_unusable
 from ._transient import Conflict, classify
 from ._watching import is_open
 
@@ -85,7 +86,7 @@ def _check_number(name: str, value: object, accepted: str, *, whole: bool = Fals
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise TypeError(f"{name} must be {accepted}, not an object of type {type_name(value)}")
     if not (least <= value and (whole or value <= sys.float_info.max)):
-        raise ValueError(f"{name} must be {accepted}, not {value!r}")
+        raise ValueError(f"{name} must be {accepted}, not {shown(value)}")
 
 
 def check_retry(value: object) -> RetryPolicy | None:
@@ -250,7 +251,7 @@ class Trial:
         elif self._committed or self._is_open_elsewhere(unit):
             log.debug("%s: attempt %d lost a race (%s) but has done what can't be undone", unit, number, lost.code)
         elif number < policy.attempts:
-            self._pause = uniform(0, min(policy.max_delay, policy.delay * 2.0 ** min(number - 1, 64)))
+            self._pause = uniform(0, min(TIMEOUT_MAX, policy.max_delay, policy.delay * 2.0 ** min(number - 1, 64)))
             elapsed = time.monotonic() - self._began + self._pause
             self._again = (policy.deadline is None or elapsed <= policy.deadline) and self.rewind()
             if self._again:

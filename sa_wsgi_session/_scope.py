@@ -41,7 +41,7 @@ from sqlalchemy.orm import Session
 
 from ._binding import NOWHERE, Binder, Unit, binder_of, innermost, is_here, unwind
 from ._callbacks import Callbacks
-from ._errors import NoActiveScope, RollbackOnlyError, log, type_name, warn_of_error
+from ._errors import NoActiveScope, RollbackOnlyError, log, shown, type_name, warn_of_error
 from ._transient import classify
 from ._watching import Watched, is_aborted, is_open
 
@@ -59,7 +59,7 @@ def check_commit_at(value: object) -> str:
     """Return *value*, or raise ``ValueError`` where it is no moment to commit at."""
     if isinstance(value, str) and value in COMMIT_AT:
         return value
-    raise ValueError(f'commit_at must be "start" or "end", not {value!r}')
+    raise ValueError(f'commit_at must be "start" or "end", not {shown(value)}')
 
 
 class State(Enum):

@@ -237,6 +237,16 @@ def _read_moment(section: _Section, key: str, value: Any) -> Any:
     return value
 
 
+def _read_style(section: _Section, key: str, value: Any) -> Any:
+    if value not in _STYLES:
+        section.refuse(key, "there is no such style")
+    return value
+
+
+def _refuse_any(section: _Section, key: str, value: Any) -> NoReturn:
+    section.refuse(key, f"it is {_URL} that says so")
+
+
 def _read_boolean(section: _Section, key: str, value: Any) -> Any:
     # SQLAlchemy itself reads a few of them, and takes "false" for true in the others.
     return _read_text(asbool, section, key, value, "it cannot be read")
@@ -346,6 +356,9 @@ _KEYS = {
     ),
 }
 
+#: Of PEP 249, and one of SQLAlchemy's own.
+_STYLES = ("qmark", "numeric", "named", "format", "pyformat", "numeric_dollar")
+
 #: The settings of an engine of which more can be said than that SQLAlchemy takes them or not.
 _SETTINGS = {
     _PREFIX + name: key
@@ -377,7 +390,11 @@ _SETTINGS = {
         ),
         ("echo echo_pool", _Key(_as_it_is, "true, false or debug")),
         ("pool_reset_on_return", _Key(_as_it_is, "rollback, commit or none")),
-        ("isolation_level logging_name paramstyle pool_logging_name", _Key(_as_it_is, "a name")),
+        ("isolation_level logging_name pool_logging_name", _Key(_as_it_is, "a name")),
+        # SQLAlchemy takes what is none of them, and fails at the first statement.
+        ("paramstyle", _Key(_read_style, " or ".join(_STYLES))),
+        # For SQLAlchemy an argument of the pool.
+        ("dialect module", _Key(_refuse_any, "no such key: the dialect, and its driver, are the beginning of the URL")),
         (
             "connect_args execution_options plugins",
             _Key(_as_it_is, "an object, which a text cannot give; most drivers take their arguments in the URL, too"),
@@ -424,6 +441,8 @@ _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 _SECRET_INSIDE = re.compile(rf"(?:{_SECRET})\w*(?:\s*=|['\"]\s*:)", re.IGNORECASE)
 #: Before the password of a URL, and of what cannot be read as one, where nobody can tell it from the user.
 _BEFORE_PASSWORD = re.compile(r"://[^:@]*:")
+#: Of a URL that has one: the name of its user may be an address.
+_BEFORE_KNOWN_PASSWORD = re.compile(r"://[^:]*:")
 _BEFORE_USER = re.compile(r"://|:")
 
 
@@ -432,11 +451,18 @@ def _mask_url(text: str) -> tuple[str, list[str]]:
 
     Characters that should have been encoded are a part of the password, as far as one may believe that they are.
     """
-    is_url = _try(make_url, text)[1] is None
+    url = _try(make_url, text)[0]
+    is_url = url is not None
     # Many drivers take a password in the query too.
     shown, mark, query = text.partition("?")
     hidden = [query]
-    start = (_BEFORE_PASSWORD if is_url else _BEFORE_USER).search(shown)
+    if not is_url:
+        before_password = _BEFORE_USER
+    elif url.password is None:
+        before_password = _BEFORE_PASSWORD
+    else:
+        before_password = _BEFORE_KNOWN_PASSWORD
+    start = before_password.search(shown)
     if start is not None and ("@" in text or (not is_url and "://" in text)):
         before = start.end()
         at = -1 if "@" in query else shown.rfind("@", before)

@@ -478,6 +478,7 @@ def test_a_session_that_could_not_be_committed_in_write_can_be_used_at_once(any_
         with suppress(IntegrityError):
             send(b"1")
         assert any_world.checked_out == 0
+        result.close()  # which SQLite waits for
         assert session.query(Note).count() == 2
         return [b"all is well"]
 

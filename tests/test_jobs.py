@@ -332,6 +332,21 @@ def test_a_session_that_cannot_be_closed_is_discarded_and_logged(
         assert world.checked_out == 0
 
 
+def test_what_a_session_holds_that_cannot_be_closed_is_discarded(sqlite_url: URL) -> None:
+    class BeginsAnew(UnableToClose):
+        failure = ValueError()
+
+        def commit(self) -> None:
+            super().commit()
+            self.connection()
+
+    with closing(World(sqlite_url, class_=BeginsAnew)) as world:
+        with session_scope(world.Session) as session:
+            session.add(note("kept"))
+        assert world.durable() == ["kept"]
+        assert world.checked_out == 0
+
+
 def test_a_rollback_that_is_interrupted_goes_on_as_the_interruption(sqlite_url: URL) -> None:
     class Interrupted(OrmSession):
         def rollback(self) -> None:
@@ -1056,6 +1071,24 @@ def test_a_connection_that_breaks_in_a_nested_part_takes_the_whole_along(postgre
             cut_off(world)
             raise Failure
         write(session, "after")
+    assert world.durable() == []
+    assert world.checked_out == 0
+
+
+def test_a_savepoint_that_cannot_be_rolled_back_to_takes_the_whole_along_although_nothing_follows(
+    postgresql_world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = postgresql_world
+    with pytest.raises(RollbackOnlyError) as caught, session_scope(world.Session) as session:
+        write(session, "lost")
+        with suppress(Failure), session_scope(world.Session, propagation="nested"):
+            write(session, "lost too")
+            cut_off(world)
+            raise Failure
+    assert isinstance(caught.value.__cause__, DBAPIError)
+    assert [message.partition(":")[2].partition(";")[0] for message in caplog.messages] == [
+        " rolling back to a SAVEPOINT failed"
+    ]
     assert world.durable() == []
     assert world.checked_out == 0
 

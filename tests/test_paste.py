@@ -880,6 +880,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         [SCOPED, "sqlalchemy.url = postgres://me:s3cret@localhost/notes"],
         ["'postgres://me:***@localhost/notes'", "no dialect 'postgres'", "is postgresql meant?", "accepted", "sqlite"],
     ),
+    "an address for a user": (
+        [SCOPED, "sqlalchemy.url = postgres://me@example.com:s3cret@localhost/notes"],
+        ["'postgres://me@example.com:***@localhost/notes'", "no dialect 'postgres'", "is postgresql meant?"],
+    ),
     "an unknown driver": (
         [SCOPED, "sqlalchemy.url = postgresql+fnord://me:s3cret@localhost/notes"],
         [
@@ -942,6 +946,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a reset that is none": (
         [SCOPED, URL_LINE, "sqlalchemy.pool_reset_on_return = perhaps"],
         ["sqlalchemy.pool_reset_on_return = 'perhaps'", "refuses it", "accepted", "rollback, commit or none"],
+    ),
+    "a style that is none": (
+        [SCOPED, URL_LINE, "sqlalchemy.paramstyle = perhaps"],
+        ["sqlalchemy.paramstyle = 'perhaps'", "there is no such style", "accepted", "qmark or numeric or named"],
+    ),
+    "the dialect apart from the URL": (
+        [SCOPED, URL_LINE, "sqlalchemy.dialect = mysql"],
+        ["sqlalchemy.dialect = 'mysql'", "it is sqlalchemy.url that says so", "accepted", "the beginning of the URL"],
     ),
     "a class that does not exist": (
         [SCOPED, URL_LINE, "sqlalchemy.poolclass = NullPool"],

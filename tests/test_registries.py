@@ -23,6 +23,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 
 from sa_wsgi_session import (
     NoActiveScope,
+    RetryPolicy,
     RollbackOnlyError,
     SessionMiddleware,
     SessionScope,
@@ -31,7 +32,7 @@ from sa_wsgi_session import (
     session_scope,
 )
 from tests.conftest import SQLALCHEMY_14
-from tests.support import REGISTRIES, Exchange, Note, World, make_environ, note, request
+from tests.support import REGISTRIES, Exchange, Note, World, make_environ, note, request, serve
 
 
 class Failure(Exception):
@@ -750,6 +751,43 @@ def test_a_streamed_request_leaves_nothing_in_memory(
 
     with nothing_is_left(world), suppress(Failure, RollbackOnlyError):
         serve()
+
+
+@pytest.mark.parametrize(
+    ("unit", "work"),
+    [
+        *itertools.product(["job", "request", "stream"], WORKS),
+        *itertools.product(["nested", "attempt"], [read, write_and_call_back, write_and_fail, doom]),
+        ("nested", fail_in_a_joined_part),
+    ],
+)
+def test_who_keeps_the_scope_of_what_has_ended_keeps_nothing_else_of_it(
+    world: World, unit: str, work: Callable[[World], object]
+) -> None:
+    kept: list[SessionScope] = []
+    made: list[Any] = []
+
+    def view() -> Any:
+        kept.append(current_scope())
+        session = world.Session()
+        made.extend([weakref.ref(session), weakref.ref(session.connection())])
+        del session
+        work(world)
+        return iter([b"x"]) if unit == "stream" else [b"x"]
+
+    with suppress(Failure, RollbackOnlyError):
+        if unit == "job":
+            with session_scope(world.Session):
+                view()
+        elif unit == "nested":
+            with session_scope(world.Session), session_scope(world.Session, propagation="nested"):
+                view()
+        else:
+            request(serve(world, view, retry=RetryPolicy() if unit == "attempt" else None))
+    KEPT.clear()
+    gc.collect()
+    assert [reference() for reference in made] == [None, None]
+    assert len(kept) == 1
 
 
 def count_own_objects() -> int:

@@ -1527,6 +1527,71 @@ def test_what_was_changed_is_rolled_back_at_once_although_a_result_is_open(any_w
     assert any_world.durable() == TEXTS
 
 
+PENDING = {
+    "new": (lambda session, note: session.add(Note(text="new")), ["new", "old"]),
+    "dirty": (lambda session, note: setattr(note, "text", "new"), ["new"]),
+    "deleted": (lambda session, note: session.delete(note), []),
+}
+
+
+@pytest.mark.parametrize("change", PENDING)
+def test_what_is_merely_pending_is_durable_before_the_first_byte_although_a_result_is_open(
+    world: World, change: str
+) -> None:
+    world.insert("old")
+    make, texts = PENDING[change]
+
+    def view() -> Any:
+        old = world.Session.query(Note).one()
+        rows = world.Session.execute(sa.text("SELECT 1 UNION SELECT 2"))
+        # After the query, which would flush it.
+        make(world.Session(), old)
+        return (b"%d" % row[0] for row in rows)
+
+    durable: list[Any] = []
+    Exchange(serve(world, view), on_start=lambda status: durable.append(world.durable())).close()
+    assert durable == [texts]
+
+
+def test_a_flush_that_fails_while_a_result_is_open_reaches_the_server_before_any_status(world: World) -> None:
+    world.insert("taken")
+
+    def view() -> Any:
+        body = export(world, core)()
+        world.Session.add_all([Note(text="not kept"), Note(text="taken")])
+        return body
+
+    told: list[str] = []
+    with pytest.raises(sa.exc.IntegrityError):
+        Exchange(serve(world, view), on_start=told.append)
+    assert told == []
+    assert world.checked_out == 0
+    assert world.durable() == ["taken"]
+
+
+@pytest.mark.parametrize("end", ["veto", "doom"])
+@pytest.mark.parametrize("change", PENDING)
+def test_what_is_merely_pending_is_rolled_back_at_once_although_a_result_is_open(
+    world: World, change: str, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.insert("old")
+
+    def view() -> Any:
+        old = world.Session.query(Note).one()
+        rows = world.Session.execute(sa.text("SELECT 1 UNION SELECT 2"))
+        PENDING[change][0](world.Session(), old)
+        if end == "doom":
+            current_scope().doom("a dry run")
+        return (b"%d" % row[0] for row in rows)
+
+    exchange = Exchange(serve(world, view, "500 Oops" if end == "veto" else "200 OK"))
+    assert world.checked_out == 0
+    exchange.close()
+    assert world.durable() == ["old"]
+    # That is for what is committed.
+    assert caplog.messages == []
+
+
 def test_what_the_application_committed_itself_is_no_change_that_takes_an_open_result(any_world: World) -> None:
     any_world.insert(*TEXTS)
 
@@ -1692,6 +1757,40 @@ def test_at_the_end_a_refused_request_keeps_nothing(any_world: World, end: str) 
 
     status = "500 Oops" if end == "veto" else "200 OK"
     assert request(serve(any_world, view, status, commit_at="end")).content == b"123"
+    assert any_world.durable() == []
+
+
+@pytest.mark.parametrize("end", ["veto", "doom"])
+def test_at_the_end_a_refused_request_holds_no_connection_while_it_streams(world: World, end: str) -> None:
+    def view() -> Any:
+        if end == "doom":
+            current_scope().doom("a dry run")
+        write(world, "by the view")
+        return iter([b"x"])
+
+    exchange = Exchange(serve(world, view, "500 Oops" if end == "veto" else "200 OK", commit_at="end"))
+    assert world.checked_out == 0
+    assert exchange.read() == b"x"
+
+
+def test_at_the_end_a_commit_that_fails_is_rolled_back_at_once(any_world: World) -> None:
+    failure = LookupError()
+
+    def refuse(session: Any) -> None:
+        raise failure
+
+    def view() -> Any:
+        event.listen(any_world.Session(), "before_commit", refuse)
+        write(any_world, "by the view")
+        return iter([b"x"])
+
+    exchange = Exchange(serve(any_world, view, commit_at="end"))
+    assert exchange.next() == b"x"
+    with pytest.raises(LookupError):
+        exchange.next()
+    # Not only when the server gets to it.
+    assert any_world.checked_out == 0
+    exchange.close()
     assert any_world.durable() == []
 
 

@@ -89,6 +89,7 @@ def test_a_body_of_unknown_length_that_is_too_large_is_whole_and_read_once(world
         pytest.param({"CONTENT_LENGTH": "9" * 30}, id="far too large"),
         pytest.param({"CONTENT_LENGTH": "-1"}, id="negative"),
         pytest.param({"CONTENT_LENGTH": "six"}, id="no number"),
+        pytest.param({"CONTENT_LENGTH": 4}, id="no text"),
         pytest.param({"CONTENT_LENGTH": "\u0663"}, id="a digit of another script"),
         pytest.param({"HTTP_TRANSFER_ENCODING": "chunked"}, id="nobody knows where it ends"),
     ],

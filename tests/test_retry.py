@@ -592,6 +592,22 @@ def test_a_generator_application_that_loses_before_its_first_chunk_begins_anew(
     assert set(postgresql_world.durable()) - {"rival"} == {"attempt 2"}
 
 
+def test_a_race_that_is_lost_in_the_last_flush_before_a_stream_is_replayed(sqlite_world: World) -> None:
+    def view() -> Any:
+        session = sqlite_world.Session()
+        counter = session.get(Counter, 1)
+        if current_scope().attempt == 1:
+            count(session, 1)
+        rows = session.execute(sa.text("SELECT 1 UNION SELECT 2"))
+        # After the query, which would flush it; with a result open, the middleware does so before the commit.
+        counter.value += 1
+        return (b"%d" % row[0] for row in rows)
+
+    tried = Tried(sqlite_world, view)
+    tried.answers()
+    assert tried.attempts == [1, 2]
+
+
 @pytest.mark.parametrize("lose_somehow", [swallow, lose_at_commit, swallow_stale_data])
 def test_a_body_that_would_stream_is_closed_and_made_anew_where_the_commit_before_it_loses(
     postgresql_world: World, lose_somehow: Callable[[World], None]
@@ -2484,8 +2500,9 @@ def test_a_bad_policy_is_refused_by_an_error_that_names_what_is_wrong(
         RetryPolicy(1, delay=0, max_delay=0, deadline=None, max_body=0, is_transient=None),
         RetryPolicy(attempts=1000, delay=1, max_delay=0.5, deadline=0, max_body=10**9, is_transient=print),
         RetryPolicy(deadline=1.5, is_transient=lambda error: True),
+        RetryPolicy(delay=sys.float_info.max),
     ],
-    ids=["defaults", "one attempt", "whole numbers", "fractions"],
+    ids=["defaults", "one attempt", "whole numbers", "fractions", "the largest number"],
 )
 def test_a_good_policy_is_taken(policy: RetryPolicy) -> None:
     SessionMiddleware(respond(lambda: []), sessionmaker(), retry=policy)
@@ -2524,3 +2541,9 @@ def test_a_policy_shows_what_it_is() -> None:
     assert repr(RetryPolicy(attempts=5)) == (
         "RetryPolicy(attempts=5, delay=0.05, max_delay=1.0, deadline=10.0, max_body=1048576, is_transient=None)"
     )
+
+
+def test_a_value_that_cannot_be_written_is_told_by_its_type():
+    # Python refuses to write integers of more than 4,300 digits.
+    with pytest.raises(ValueError, match=r"^attempts must be a whole number, 1 or more, not an object of type int$"):
+        RetryPolicy(attempts=-(10**5000))
