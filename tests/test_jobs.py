@@ -840,6 +840,23 @@ def test_a_swallowed_failure_of_a_joined_part_keeps_nothing_and_says_so(world: W
     assert world.checked_out == 0
 
 
+def test_of_several_swallowed_failures_the_first_is_the_cause_unless_it_was_rolled_back(world: World) -> None:
+    def fail(session: Any, failure: Failure) -> None:
+        with suppress(Failure), session_scope(world.Session):
+            write(session, "half")
+            raise failure
+
+    undone, cause = Failure(), Failure()
+    with pytest.raises(RollbackOnlyError) as caught, session_scope(world.Session) as session:
+        fail(session, undone)
+        session.rollback()
+        fail(session, cause)
+        with suppress(IntegrityError):  # that is there already
+            fail(session, Failure())
+    assert caught.value.__cause__ is cause
+    assert world.durable() == []
+
+
 @in_each_registry
 def test_a_swallowed_failure_counts_even_before_the_first_statement(world: World) -> None:
     with pytest.raises(RollbackOnlyError), session_scope(world.Session) as session:
