@@ -468,9 +468,11 @@ def test_settings_reach_the_engine_as_what_they_mean(folder):
         "sqlalchemy.hide_parameters = yes",
         "sqlalchemy.echo = off",
         "sqlalchemy.logging_name = notes",
+        "sqlalchemy.paramstyle = pyformat",
         "sqlalchemy.pool_reset_on_return = none",
     )
     engine = bind_of(Scoped)
+    assert engine.dialect.paramstyle == "pyformat"
     assert engine.pool.size() == 3
     assert engine.pool._max_overflow == -1
     assert engine.pool._pre_ping is False
