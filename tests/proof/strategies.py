@@ -51,23 +51,24 @@ FAULTS = (
     ("rollback", "plain"),
 )
 
+
+@st.composite
+def _weighted(draw: st.DrawFn, *choices: tuple[int, st.SearchStrategy[Any]]) -> Any:
+    """One of these, each as likely as its weight says.  (To ``one_of()``, what is given twice is given once.)"""
+    which = draw(st.sampled_from([number for number, (weight, _) in enumerate(choices) for _ in range(weight)]))
+    return draw(choices[which][1])
+
+
 _FAULTS: st.SearchStrategy[Any] = st.builds(
     lambda fault, until: Arm(fault[0], fault[1], until), st.sampled_from(FAULTS), st.sampled_from((1, 1, 1, 2, 3))
 )
 _CALLBACKS = st.sampled_from(("works", "raises", "writes"))
 
-#: What may stand anywhere.  Several times: what is done most.
-_COMMON: list[st.SearchStrategy[Any]] = [
-    st.just(Add()),
-    st.just(Add()),
-    st.just(Read()),
-    st.builds(Open, st.sampled_from((0, 1))),
-    st.just(Flush()),
-]
-_OTHER: list[st.SearchStrategy[Any]] = [
+#: What may stand anywhere, and is done most.
+_COMMON: st.SearchStrategy[Any] = st.sampled_from((Add(), Add(), Add(), Read(), Flush(), Open(0), Open(1)))
+_OTHER: st.SearchStrategy[Any] = st.one_of(
     st.just(Drain()),
     st.just(Drop()),
-    st.just(Break()),
     st.just(Commit()),
     st.just(Rollback()),
     st.just(Remove()),
@@ -75,33 +76,24 @@ _OTHER: list[st.SearchStrategy[Any]] = [
     st.builds(OnCommit, _CALLBACKS),
     st.builds(OnRollback, _CALLBACKS),
     st.builds(SetCommitAt, st.sampled_from(("start", "end"))),
-    _FAULTS,
-    st.builds(Raise, st.sampled_from(KINDS)),
-]
-_START: st.SearchStrategy[Any] = st.builds(
-    Start,
-    st.one_of(st.sampled_from(STATUSES), st.sampled_from(STATUSES), st.sampled_from(NO_STATUS)),
-    st.booleans(),
 )
-_TO_SERVER: list[st.SearchStrategy[Any]] = [_START, st.just(Write()), st.just(Write())]
+#: What ends everything else, more often than not.
+_RAISES: st.SearchStrategy[Any] = st.builds(Raise, st.sampled_from(KINDS))
+_ENDING: st.SearchStrategy[Any] = _weighted((1, st.just(Break())), (1, _FAULTS), (2, _RAISES))
+_START: st.SearchStrategy[Any] = st.builds(Start, st.sampled_from((*STATUSES, *STATUSES, *NO_STATUS)), st.booleans())
 
 
 def _steps(depth: int, *, in_exchange: bool, least: int = 0, most: int = 4) -> st.SearchStrategy[Any]:
     """A few steps; those that hold other steps hold less deep ones."""
-    # Not so much of what ends everything else.
-    choices = [st.one_of(_COMMON)] * 5 + [st.one_of(_OTHER)] * 3
+    choices = [(12, _COMMON), (7, _OTHER), (2, _ENDING)]
     if in_exchange:
-        choices.append(st.one_of(_TO_SERVER))
+        choices += [(1, st.just(Write())), (1, _START)]
     if depth:
         inside = _steps(depth - 1, in_exchange=in_exchange, least=1, most=3)
-        choices += 2 * [
-            st.one_of(
-                st.builds(Scope, st.sampled_from(("required", "nested", "requires_new")), inside),
-                st.builds(Try, inside),
-                st.builds(Inner, _exchanges(depth - 1, inner=True), st.booleans() if in_exchange else st.just(False)),
-            )
-        ]
-    return st.lists(st.one_of(choices), min_size=least, max_size=most).map(tuple)
+        inner = st.builds(Inner, _exchanges(depth - 1, inner=True), st.booleans() if in_exchange else st.just(False))
+        scope = st.builds(Scope, st.sampled_from(("required", "nested", "requires_new")), inside)
+        choices += [(2, scope), (1, st.builds(Try, inside)), (1, inner)]
+    return st.lists(_weighted(*choices), min_size=least, max_size=most).map(tuple)
 
 
 def _with_start(view: tuple[Any, ...], where: int, status: str, exc_info: bool) -> tuple[Any, ...]:
@@ -120,7 +112,7 @@ def _view(depth: int, *, in_exchange: bool) -> st.SearchStrategy[Any]:
         lambda steps, fault, where: (*_with(Add(), steps, where), fault), steps, _FAULTS, st.integers(0, 4)
     )
     early = st.builds(lambda fault, steps: (fault, *steps), _FAULTS, steps)
-    return st.one_of(steps, steps, steps, late, early)
+    return _weighted((8, steps), (1, late), (1, early))
 
 
 def _programs(depth: int) -> st.SearchStrategy[Program]:
@@ -136,11 +128,11 @@ def _programs(depth: int) -> st.SearchStrategy[Program]:
     )
     return st.builds(
         Program,
-        st.one_of(started, started, started, started, started, steps),
+        _weighted((9, started), (1, steps)),
         st.sampled_from(("list", "tuple", "file", "iterable", "iterable", "iterable", "generator", "generator")),
         st.lists(few, max_size=3).map(tuple),
         few,
-        st.one_of(st.none(), few, few),
+        _weighted((1, st.none()), (2, few)),
     )
 
 
@@ -163,7 +155,7 @@ def episodes(registry: str, commit_at: str, attempts: tuple[int, ...], *, depth:
     """Episodes with that setting, and with steps that hold others up to that depth."""
     exchange = _exchanges(depth)
     job = st.builds(Job, _view(depth, in_exchange=False), st.booleans())
-    one: st.SearchStrategy[Any] = st.one_of(exchange, exchange, exchange, job)
+    one: st.SearchStrategy[Any] = _weighted((3, exchange), (1, job))
     return st.builds(
         Episode,
         st.one_of(one.map(lambda part: (part,)), st.lists(one, min_size=2, max_size=3).map(tuple)),

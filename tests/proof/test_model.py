@@ -6,6 +6,7 @@ other ones each time, and a failure prints how to have the same again.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +36,11 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     harness = Harness(tmp_path_factory.mktemp("harness"))
+    # What is there by now stays: to look through it after each episode would take more time than the episode.
+    gc.collect()
+    gc.freeze()
     yield harness
+    gc.unfreeze()
     harness.close()
 
 
