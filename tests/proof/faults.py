@@ -96,6 +96,10 @@ class Database:
     def process_to_stall(self) -> int:
         raise NotImplementedError
 
+    def activity(self) -> list[Any]:
+        """What all its connections do, for who has to find out why something has failed."""
+        raise NotImplementedError
+
 
 class PostgreSQL(Database):
     server: PostgreSQLServer
@@ -133,6 +137,11 @@ class PostgreSQL(Database):
         # Each connection has a process of its own.
         pids: list[int] = wait_until("a transaction", self.at_work)
         return pids[0]
+
+    def activity(self) -> list[Any]:
+        return self.server.execute(
+            "SELECT pid, datname, state, wait_event, xact_start, state_change, query FROM pg_stat_activity"
+        )
 
 
 class MariaDB(Database):
@@ -175,6 +184,14 @@ class MariaDB(Database):
         # There is one process for all of them.
         return self.server.pid
 
+    def activity(self) -> list[Any]:
+        return self.server.execute(
+            "SELECT id, db, command, state, time_ms, trx_id, trx_state, trx_started, info "
+            "FROM information_schema.processlist LEFT JOIN information_schema.innodb_trx ON trx_mysql_thread_id = id "
+            "UNION ALL SELECT trx_mysql_thread_id, NULL, NULL, NULL, NULL, trx_id, trx_state, trx_started, trx_query "
+            "FROM information_schema.innodb_trx"
+        )
+
 
 #: What a MariaDB has to be started with, so that it may wait for a replica, and for how many milliseconds.
 MARIADB_OPTIONS = ("--log-bin=log", "--server-id=1", "--binlog-format=ROW", "--rpl-semi-sync-master-timeout=60000")
@@ -189,6 +206,7 @@ class Faults:
         #: How often each of them came.
         self.faults: Counter[str] = Counter()
         self.connections_ended = 0
+        self.ended_last: set[int] = set()
 
     def cycle(self) -> list[Callable[[], None]]:
         return [
@@ -207,7 +225,8 @@ class Faults:
 
         def is_replayed() -> bool:
             at_work = wait_until("a transaction", self._database.at_work)
-            for connection in {*at_work, *self._database.connections()[: len(at_work)]}:
+            self.ended_last = {*at_work, *self._database.connections()[: len(at_work)]}
+            for connection in self.ended_last:
                 self._database.end(connection)
                 self.connections_ended += 1
             time.sleep(0.1)
@@ -456,6 +475,11 @@ def run(server: DatabaseServer, url: URL, make_web: type[WebServer], folder: Pat
                 make_faults(faults, progress, seconds)
                 wait_until("all that clients do", lambda: progress.seen.keys() >= TO_BE_SEEN)
                 wait_until("a conflict", lambda: replays(web.log()).keys() & CONFLICTS)
+            except BaseException:
+                # pytest shows it.
+                print("Connections ended last:", faults.ended_last, "\nWhat the database does:")
+                print(*database.activity(), sep="\n")
+                raise
             finally:
                 stop.set()
                 # If one has failed, that tells more.

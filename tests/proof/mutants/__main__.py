@@ -1,0 +1,427 @@
+"""Breaks the package in one place after the other, and sees whether the tests notice.
+
+::
+
+    python -m tests.proof.mutants                  # all modules
+    python -m tests.proof.mutants _scope paste     # these alone
+
+``tox -e mutants`` does the first.  It takes more than an hour, on as many processes as there are processors.
+
+Everything happens in copies of the checkout.  First the tests run there once, and are measured: how long each takes,
+and which lines it runs.  Then, for each mutant, the tests that run the changed line are run until one fails: first
+those that have noticed a neighbour, then in turn one that runs little else and one that is fast.  A test that takes
+more than ``SECONDS_OF_A_TEST`` has noticed, too.
+
+What survives is tried with SQLAlchemy 1.4 as well, if ``$MUTANTS_SQLALCHEMY_14`` names a folder that has it.
+
+What survives has to be explained in ``survivors.rst``.  Exit status 1: fewer than ``ENOUGH`` of all were noticed, or a
+survivor is not explained.  Where ``$PROOF_REPORT`` names a folder, the figures are written to ``mutants.json`` there.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
+from importlib import import_module
+from itertools import accumulate, chain, count
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import coverage
+import pytest
+
+from tests.proof.mutants.mutations import Mutant, changed_functions, first_line, mutants_of
+
+if TYPE_CHECKING:
+    from tests.servers import DatabaseServer
+
+ENOUGH = 0.95
+#: The slowest takes three.
+SECONDS_OF_A_TEST = 20
+#: How long the tests of one mutant may take.
+SECONDS_OF_A_MUTANT = float(os.environ.get("MUTANTS_SECONDS", "30"))
+#: So many are tried first: most mutants do not see another one.
+FIRST = 30
+#: What runs other code, reads the documents, or needs a browser; and the proof itself.
+IGNORED = ("frameworks", "proof", "test_ledger_browser.py", "test_readme.py", "test_servers.py")
+#: Imported once and not for each mutant; they know nothing of the package.
+IMPORTED = (
+    "psycopg",
+    "psycopg2",
+    "pymysql",
+    "sqlalchemy.ext.asyncio",
+    "sqlalchemy.orm",
+    "waitress",
+    "webob",
+    "webtest",
+)
+SURVIVORS = Path(__file__).with_name("survivors.rst")
+CHECKOUT = Path(__file__).parents[3]
+PACKAGE = "sa_wsgi_session"
+
+_T = TypeVar("_T")
+
+
+class Tests:
+    """The tests of the copy, with one version of SQLAlchemy: a pytest plugin."""
+
+    def __init__(self, copy: Path) -> None:
+        self._copy = copy
+        self._package = copy / PACKAGE
+        self._seconds: Counter[str] = Counter()  # of floats
+        #: Which tests run a line, by file and line; without a name: it is run when the tests are imported.
+        self._running: dict[str, dict[int, set[str]]] = {}
+        #: How many lines a test runs.
+        self._lines: Counter[str] = Counter()
+        self._noticed: dict[tuple[Path, str], list[str]] = defaultdict(list)
+        self._items: dict[str, pytest.Item] = {}
+        self._functions: list[FunctionType] = []
+        self._servers: list[DatabaseServer] = []
+        self._failed = ""
+        self._mutants: list[Mutant] | None = None
+        self._tell: Callable[[Mutant, str, str], None] = print
+
+    def _pytest(self, *options: str) -> int:
+        # Of the capturing of pytest, only what the processes of the mutants inherit without harm.
+        options = "-q", "-p", "no:cacheprovider", "--capture=sys", f"--basetemp={self._copy.with_name('tmp')}", *options
+        ignored = (f"--ignore=tests/{name}" for name in IGNORED)
+        timeout = f"faulthandler_timeout={SECONDS_OF_A_TEST}"
+        return int(pytest.main(["tests", *ignored, "-o", timeout, *options], plugins=[self]))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # Without its fixtures: whoever is the first to use a server starts it.
+        self._seconds[report.nodeid] += report.duration if report.when == "call" else 0.01  # type: ignore[assignment]
+        if report.failed:
+            self._failed = report.nodeid
+
+    def measure(self) -> None:
+        """Run them all, and note what each does."""
+        options = "-p", "pytest_cov", f"--cov={self._package}", "--cov-context=test", "--cov-report="
+        seconds = self._in_process(lambda: self._pytest(*options) or self._seconds, 3600)
+        if not isinstance(seconds, Counter):
+            sys.exit(f"the tests fail where nothing is broken: see {self._log}")
+        self._seconds = seconds
+        data = coverage.CoverageData(str(self._copy / ".coverage"))
+        data.read()
+        for path in self._package.glob("*.py"):
+            lines = data.contexts_by_lineno(str(path)) or data.contexts_by_lineno(str(path.relative_to(self._copy)))
+            self._running[path.name] = {
+                line: {name.rpartition("|")[0] for name in names} for line, names in lines.items()
+            }
+
+    def notice(self, mutants: list[Mutant], tell: Callable[[Mutant, str, str], None]) -> None:
+        """Tell of each mutant what becomes of it, and which test has noticed it."""
+        # Two mutants of one second and one length are the same to the cache.
+        shutil.rmtree(self._package / "__pycache__", ignore_errors=True)
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+        self._mutants, self._tell = mutants, tell
+        found = (tests for lines in self._running.values() for tests in lines.values())
+        self._lines = Counter(chain.from_iterable(found))
+        self._pytest()
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if self._mutants is None:
+            return None  # as ever
+        self._items = {item.nodeid: item for item in session.items}
+        functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
+        self._functions = [it for it in functions if it.__code__.co_filename.startswith(str(self._package))]
+        with self._databases():
+            gc.freeze()
+            for mutant in self._mutants:
+                original = mutant.path.read_text()
+                tests = self._in_order(mutant)
+                # For the processes that tests start.
+                mutant.path.write_text(mutant.code)
+                try:
+                    outcome, test = self._notice(mutant, changed_functions(original, mutant), tests)
+                finally:
+                    mutant.path.write_text(original)
+                if test:
+                    self._noticed[place_of(mutant)].append(test)
+                self._tell(mutant, outcome, test)
+        return True
+
+    @contextmanager
+    def _databases(self) -> Iterator[None]:
+        """The database servers of ``conftest.py``, started once for the processes of all mutants."""
+        from tests import conftest
+
+        with ExitStack() as stack:
+            for name in "run_postgresql", "run_mariadb":
+                server = stack.enter_context(getattr(conftest, name)())
+                setattr(conftest, name, partial(nullcontext, server))
+                self._servers.append(server)
+            yield
+
+    def _notice(self, mutant: Mutant, changes: dict[CodeType, CodeType], tests: list[str]) -> tuple[str, str]:
+        limit = 120 + 5 * sum(self._seconds[test] for test in tests)
+        if changes:
+            # Only functions differ: the package that is imported already is changed, in a process of its own.
+            items = [self._items[test] for test in tests]
+            found = self._in_process(lambda: self._run_changed(changes, items), limit)
+            if found is None:
+                return "timed out", ""
+            if found:
+                return "killed", found
+            if not any("" in self._running[mutant.path.name].get(line, ()) for line in mutant.lines):
+                return "survived", ""
+        return self._run_anew(tests, limit)
+
+    def _run_changed(self, changes: dict[CodeType, CodeType], items: list[pytest.Item]) -> str:
+        for function in self._functions:
+            function.__code__ = changes.get(function.__code__, function.__code__)
+        for server in self._servers:
+            # Another process may have been stopped before it had dropped its databases.
+            server._numbers = count(os.getpid() * 100_000)
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self._failed:
+                break
+        return self._failed
+
+    def _run_anew(self, tests: list[str], limit: float) -> tuple[str, str]:
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={SECONDS_OF_A_TEST}"]
+        for some in filter(None, (tests[:FIRST], tests[FIRST:])):
+            try:
+                run = subprocess.run(
+                    [sys.executable, "-m", "pytest", *options, *some], capture_output=True, text=True, timeout=limit
+                )
+            except subprocess.TimeoutExpired:
+                return "timed out", ""
+            if run.returncode != 0:
+                found = re.search(r"^(?:FAILED|ERROR) (\S+::[^\s\[]+)", run.stdout, re.MULTILINE)
+                if found is None and "Timeout" in run.stderr:
+                    return "timed out", ""
+                # Without a test: the package could not be imported.
+                return "killed", found[1] if found else ""
+        return "survived", ""
+
+    def _in_process(self, work: Callable[[], _T], limit: float) -> _T | None:
+        """What it returns; nothing where it crashes, or takes longer than *limit* seconds, or than a test may."""
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = os.fork()
+        if process == 0:
+            try:
+                log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                sender.send(work())
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)
+            finally:
+                os._exit(0)
+        sender.close()
+        try:
+            return cast(_T, receiver.recv()) if receiver.poll(limit) else None
+        except EOFError:
+            return None
+        finally:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+    @property
+    def _log(self) -> Path:
+        return self._copy.with_name("pytest.log")
+
+    def _in_order(self, mutant: Mutant) -> list[str]:
+        tests = self._that_run(mutant) & self._seconds.keys() or self._seconds.keys()
+        known = [test for test in reversed(self._noticed[place_of(mutant)]) if test in tests]
+        fast_first = sorted(tests, key=self._seconds.__getitem__)
+        narrow_first = sorted(fast_first, key=self._lines.__getitem__)
+        # The first set of parameters of each, then the second...
+        rounds: dict[str, Iterator[int]] = defaultdict(count)
+        number = {test: next(rounds[test.partition("[")[0]]) for test in fast_first}
+        various_first = sorted(fast_first, key=number.__getitem__)
+        order = dict.fromkeys([*known, *chain.from_iterable(zip(narrow_first, various_first, strict=True))])
+        total = accumulate(self._seconds[test] for test in order)
+        return [test for test, seconds in zip(order, total, strict=True) if seconds <= SECONDS_OF_A_MUTANT]
+
+    def _that_run(self, mutant: Mutant) -> set[str]:
+        """Those that run one of the lines; where it is run by the import: those that run what uses its name."""
+        found = self._that_run_lines(mutant.path.name, mutant.lines) or self._that_run_lines(
+            mutant.path.name, _definition(ast.parse(mutant.path.read_text()), mutant.lines.start)
+        )
+        if found:
+            return found
+        modules = {path.name: path.read_text() for path in mutant.path.parent.glob("*.py")}
+        names, asked = _names(modules[mutant.path.name], mutant.lines.start), set[str]()
+        while names - asked:
+            name = (names - asked).pop()
+            asked.add(name)
+            for module, code in modules.items():
+                for number, line in enumerate(code.splitlines(), 1):
+                    if re.search(rf"\b{name}\b", line):
+                        tests = self._that_run_lines(module, [number])
+                        found |= tests
+                        names |= set() if tests else _names(code, number, of_classes=False)
+        return found
+
+    def _that_run_lines(self, module: str, lines: Iterable[int]) -> set[str]:
+        return {test for line in lines for test in self._running[module].get(line, ()) if test}
+
+
+def _definition(tree: ast.AST, line: int) -> range:
+    """The lines of the function, if any, whose parameters or decorators are in that line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and first_line(node) <= line < node.body[0].lineno:
+            return range(line, (node.end_lineno or line) + 1)
+    return range(0)
+
+
+def _names(code: str, line: int, *, of_classes: bool = True) -> set[str]:
+    """What the statement in that line defines: one of the module, or of a class."""
+    body, names = ast.parse(code).body, set[str]()
+    while True:
+        node = next((node for node in body if node.lineno <= line <= (node.end_lineno or 0)), None)
+        if isinstance(node, ast.ClassDef) and of_classes:
+            body, names = node.body, {node.name}
+            continue
+        targets = [node.target] if isinstance(node, (ast.AnnAssign, ast.For)) else getattr(node, "targets", [])
+        return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)} or names
+
+
+# What comes out
+
+Key = tuple[str, str, str]
+#: What became of a mutant, and the test that has noticed it, if that is known.
+Results = dict[Key, tuple[str, str]]
+
+
+def place_of(mutant: Mutant) -> tuple[Path, str]:
+    return mutant.path, mutant.where
+
+
+def key_of(mutant: Mutant) -> Key:
+    return mutant.path.name, mutant.where, "\n".join(mutant.change)
+
+
+def explained() -> set[Key]:
+    """The survivors that ``survivors.rst`` explains, each in a literal block."""
+    blocks = re.findall(r"^    @@ (\S+), (.+) @@\n((?:    [-+] .*\n)+)", SURVIVORS.read_text(), re.MULTILINE)
+    return {
+        (module, where, re.sub(r"^    ", "", change, flags=re.MULTILINE).strip()) for module, where, change in blocks
+    }
+
+
+def shown(key: Key) -> str:
+    """As it stands there."""
+    module, where, change = key
+    return "\n".join(f"    {line}" for line in (f"@@ {module}, {where} @@", *change.splitlines()))
+
+
+def run_share(folder: Path, number: int) -> None:
+    """Let the tests of a copy of its own notice this process's share of the mutants, and keep what came out."""
+    for name in IMPORTED:
+        with suppress(ImportError):
+            import_module(name)
+    results: Results = {}
+
+    def tell(mutant: Mutant, outcome: str, test: str) -> None:
+        results[key_of(mutant)] = outcome, test
+        print(outcome, test, f"\n{shown(key_of(mutant))}", file=sys.__stdout__, flush=True)
+
+    tests = Tests(Path.cwd())
+    tests.measure()
+    tests.notice(pickle.loads((folder / f"mutants{number}").read_bytes()), tell)
+    (folder / f"results{number}").write_bytes(pickle.dumps(results))
+
+
+def run(mutants: Sequence[Mutant], folder: Path, packages: str | None) -> Results:
+    """Try these mutants, on as many processes as there are processors.
+
+    :param packages: a folder of packages that come before those that are installed.
+    """
+    numbers = range(os.cpu_count() or 1)
+    # Of one function all, so that what has noticed one of them is tried first for the next.
+    functions = {place: number for number, place in enumerate(dict.fromkeys(map(place_of, mutants)))}
+    results: Results = {}
+    with ExitStack() as stack:
+        running = []
+        for number in numbers:
+            copy = folder / str(number) / "copy"
+            shutil.copytree(folder / "original", copy)
+            stack.callback(shutil.rmtree, copy)
+            share = [mutant for mutant in mutants if functions[place_of(mutant)] % len(numbers) == number]
+            (folder / f"mutants{number}").write_bytes(pickle.dumps(share))
+            environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (packages, str(copy))))}
+            environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+            environ.pop("PYTHONDONTWRITEBYTECODE", None)
+            command = [sys.executable, "-m", "tests.proof.mutants", "--share", str(folder), str(number)]
+            running.append(stack.enter_context(subprocess.Popen(command, cwd=copy, env=environ)))
+        for number, process in enumerate(running):
+            if process.wait() != 0:
+                for each in running:
+                    each.terminate()
+                raise SystemExit(f"process {number} has failed")
+            results |= pickle.loads((folder / f"results{number}").read_bytes())
+    return results
+
+
+def main(modules: Sequence[str]) -> int:
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = Path(name)
+        original = folder / "original"
+        files = subprocess.check_output(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=CHECKOUT, text=True
+        )
+        for file in filter(None, files.split("\0")):
+            (original / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(CHECKOUT / file, original / file)
+        paths = [original / PACKAGE / f"{module}.py" for module in modules] or sorted((original / PACKAGE).glob("*.py"))
+        mutants = [mutant._replace(path=mutant.path.relative_to(original)) for it in paths for mutant in mutants_of(it)]
+        print(f"{len(mutants)} mutants", flush=True)
+        results = run(mutants, folder, None)
+        if packages := os.environ.get("MUTANTS_SQLALCHEMY_14"):
+            left = [mutant for mutant in mutants if results[key_of(mutant)][0] == "survived"]
+            results |= run(left, folder, packages)
+    return report(results, complete=not modules)
+
+
+def report(results: Results, *, complete: bool) -> int:
+    """Print the figures, write them, and return the exit status."""
+    reasons = explained()
+    figures: dict[str, Counter[str]] = defaultdict(Counter)
+    for key, (outcome, _) in results.items():
+        outcome = "explained" if outcome == "survived" and key in reasons else outcome
+        for module in key[0], "all":
+            figures[module].update(["mutants", outcome])
+    columns = ("mutants", "killed", "timed out", "explained", "survived")
+    print(f"{'module':20}", *(f"{column:>9}" for column in columns))
+    for module, counts in sorted(figures.items()):
+        print(f"{module:20}", *(f"{counts[column]:9}" for column in columns))
+    if "PROOF_REPORT" in os.environ:
+        path = Path(os.environ["PROOF_REPORT"], "mutants.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        by_module = {module: {column: counts[column] for column in columns} for module, counts in figures.items()}
+        path.write_text(json.dumps(by_module, indent=2) + "\n")
+    unexplained = [key for key, (outcome, _) in results.items() if outcome == "survived" and key not in reasons]
+    print(*(f"survived:\n{shown(key)}" for key in unexplained), sep="\n")
+    # The list is no place for what tests notice, or for what is no code any more.
+    obsolete = [key for key in reasons if results.get(key, ("survived" if not complete else "",))[0] != "survived"]
+    print(*(f"explained, but not a survivor:\n{shown(key)}" for key in obsolete), sep="\n")
+    noticed = (figures["all"]["killed"] + figures["all"]["timed out"]) / figures["all"]["mutants"]
+    print(f"{noticed:.1%} noticed")
+    return int(bool(unexplained or obsolete) or noticed < ENOUGH)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--share"]:
+        run_share(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        sys.exit(main(sys.argv[1:]))
