@@ -127,7 +127,7 @@ class session_scope:
         session, self._session = self._session, None
         if within._state is not State.ENDED:
             if error is not None:
-                within._set_rollback_only(error)
+                within._spoil(error, "a part that had joined it has failed")
             return
         assert session is not None
         # It was removed, but whoever used it since has begun anew, and nobody else will end that.

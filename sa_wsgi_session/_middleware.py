@@ -200,7 +200,7 @@ class SessionMiddleware:
         # A body may outlive the unit of work that it has joined.
         if self._is_running(outer):
             # The innermost: a SAVEPOINT within it, perhaps.
-            cast(SessionScope, innermost(self._binder.key))._set_rollback_only(error)
+            cast(SessionScope, innermost(self._binder.key))._spoil(error, "a part that had joined it has failed")
 
     def _replay(self, environ: Environ, start_response: StartResponse, policy: RetryPolicy) -> Iterable[bytes]:
         """Attempts at the request, as long as they lose races and the policy allows another one."""
@@ -264,7 +264,7 @@ class SessionMiddleware:
                 scope._end()
             else:
                 if not response.forwarded:
-                    scope._settle()
+                    scope._settle(body_is_over=stream.is_over)
                 stream.inside = scope._unwind()
                 scope.unbind()
                 scope._run_callbacks()
@@ -410,7 +410,11 @@ class _Response:
                 self._answered = self._error is not None
         except BaseException as error:
             if self.forwarded:
-                self._scope._refuse()
+                # What was done since may not be kept, and the client not be told that it was.
+                if self._scope._is_bound:
+                    self._scope._spoil(error, "start_response has failed after the response had begun")
+                else:
+                    self._scope._refuse()
             elif self._keeps_errors:
                 self._error = error
             raise
@@ -584,10 +588,13 @@ class _Stream:
         "_scope",
         "handed_on",
         "inside",
+        "is_over",
     )
 
     def __init__(self, scope: SessionScope, body: Any) -> None:
         self.handed_on = False
+        #: Whether it is known to have no chunk.
+        self.is_over = False
         self._closed = False
         self._complete = False
         self._first: Any = _NOTHING
@@ -605,7 +612,10 @@ class _Stream:
     def pull(self) -> None:
         """Pull the first chunk, for what the application does on the way to it."""
         self._first = next(self._iterator, _NOTHING)
-        _check_chunk(self._first)
+        if self._first is _NOTHING:
+            self.is_over = True
+        else:
+            _check_chunk(self._first)
 
     def __iter__(self) -> Iterator[bytes]:
         # A generator, because the server then resumes it without a call in between; and a new one

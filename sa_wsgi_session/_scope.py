@@ -23,7 +23,7 @@ from whichever state:
 * *refused*: the veto said no, an exception passed, or the client did not read to the end;
 * *doomed*: the application said so, and expects no error for it;
 * *rollback-only*: a part that had joined failed, and the application went on regardless.  That is
-  an error, unless the application itself has rolled back since.
+  an error, also where the application itself commits, unless it has rolled back since.
 
 This file knows SQLAlchemy.  It does not know HTTP: a request is a name to log.
 """
@@ -232,10 +232,10 @@ class SessionScope(Watched):
             with self._first_error_stays():
                 self.trial.failed(self, error)
 
-    def _settle(self) -> None:
+    def _settle(self, *, body_is_over: bool = False) -> None:
         """The status of a streamed response is known: conclude the first half, unless it has to wait for the body."""
         try:
-            waits = self._waits_for_body()
+            waits = not body_is_over and self._waits_for_body()
         except BaseException as error:
             self._fail(error)
             self._conclude()
@@ -260,7 +260,7 @@ class SessionScope(Watched):
             return False
         if commits:
             # Better now, while an error is still an error page, than in the middle of the body.
-            self._check_commit(session)
+            self._check_commit(session, session.get_transaction())
             if self._commit_at == "end":
                 return True
         watch = self.watch
@@ -368,26 +368,29 @@ class SessionScope(Watched):
         try:
             session = self.binder.peek(self)
             savepoint = self._savepoint
-            # The application may have ended it itself, with the whole transaction.
-            if session is not None and savepoint is not None and is_open(session, savepoint):
-                if self._refused or self._doomed is not None:
-                    self._roll_back_savepoint(session, savepoint)
-                else:
-                    try:
-                        self._check_commit(session)
-                        savepoint.commit()
-                    except BaseException:
+            if session is not None and savepoint is not None:
+                keeps = not self._refused and self._doomed is None
+                if is_open(session, savepoint):
+                    if keeps:
+                        try:
+                            self._check_commit(session, savepoint)
+                            savepoint.commit()
+                        except BaseException:
+                            self._roll_back_savepoint(session, savepoint)
+                            raise
+                    else:
                         self._roll_back_savepoint(session, savepoint)
-                        raise
-            elif (
-                (self._refused or self._doomed is not None)
-                and session is not None
-                and savepoint is not None
-                and session.in_transaction()
-                and session.get_transaction() is not _root_of(savepoint)
-            ):
-                # All that is in this transaction was done since, in here.
-                self._roll_back(session)
+                elif session.in_transaction() and session.get_transaction() is not _root_of(savepoint):
+                    # The application has ended it itself, with the whole transaction. All that is in this one was done
+                    # since, in here.
+                    if keeps:
+                        try:
+                            self._check_commit(session, session.get_transaction())
+                        except BaseException:
+                            self._roll_back(session)
+                            raise
+                    else:
+                        self._roll_back(session)
         finally:
             self._state = State.ENDED
             self._rollback_only = None
@@ -406,34 +409,37 @@ class SessionScope(Watched):
             warn_of_error(error, "%s: rolling back to a SAVEPOINT failed; its connection is discarded", self)
             self._invalidate(session)
             # With the connection, what the whole unit had done is gone.
-            self._root._set_rollback_only(error)
+            self._root._spoil(error, "the rollback of a part of it has failed")
 
     # A part that has joined
 
-    def _set_rollback_only(self, error: BaseException) -> None:
-        """*error* escapes from a part of this unit: it can only be rolled back.
+    def _spoil(self, error: BaseException, what: str) -> None:
+        """*error* escapes from a part of this unit, which may be half done: it can only be rolled back.
 
         Until the application itself rolls back, which is why the transaction is noted, and begun
         if it was not.
+
+        :param what: has failed.
         """
-        transaction = self._savepoint
-        if transaction is None:
-            try:
-                session = self.binder.session(self)
+        transaction: SessionTransaction | None = None
+        try:
+            session = self.binder.session(self)
+            if self._savepoint is not None and is_open(session, self._savepoint):
+                transaction = self._savepoint
+            else:
                 transaction = session.get_transaction() or session.begin()
-            except Exception as second:
-                warn_of_error(second, "%s: could not tell its transaction", self)
+        except Exception as second:
+            warn_of_error(second, "%s: could not tell its transaction", self)
         if self._rollback_only is not None and self._rollback_only[0] is transaction:
             return  # what comes after it in that transaction comes of it
         self._rollback_only = (
             transaction,
             error,
-            f"{type_name(error)} escaped from a part that had joined it and was swallowed, so only half of the work is "
-            f"there; let the exception pass, call Session.rollback() where you handle it, or run that part with "
-            f'propagation="nested"',
+            f"{what} ({type_name(error)}) and that was swallowed, so only half of the work is there; let the exception "
+            f'pass, call Session.rollback() where you handle it, or run that part with propagation="nested"',
         )
 
-    def meets(self, error: BaseException, *, own: bool) -> None:
+    def _meets(self, error: BaseException, *, own: bool) -> None:
         """*error* has come up, from the session of this unit or from elsewhere; whoever called may swallow it."""
         conflict = classify(error)
         session = self.binder.peek(self)
@@ -476,12 +482,11 @@ class SessionScope(Watched):
         else:
             self.callbacks.committed(None)
 
-    def _check_commit(self, session: Session) -> None:
-        """Raise ``RollbackOnlyError`` if the transaction of *session* must not be committed."""
+    def _check_commit(self, session: Session, transaction: SessionTransaction | None) -> None:
+        """Raise ``RollbackOnlyError`` if *transaction* of *session* must not be committed, or released."""
         if self._rollback_only is not None:
             failed, error, why = self._rollback_only
-            current = self._savepoint or session.get_transaction()
-            if failed is None or failed is current:
+            if failed is None or failed is transaction:
                 raise RollbackOnlyError(f"{self} cannot be committed: {why}") from error
         connections: Iterable[Connection] = self._root.connections
         if not connections:
@@ -497,7 +502,9 @@ class SessionScope(Watched):
                 )
 
     def _commit(self, session: Session) -> None:
-        self._check_commit(session)
+        if self._rollback_only is not None:
+            # First: whatever else the session has against it may merely come of that.
+            self._check_commit(session, session.get_transaction())
         # What the view has loaded stays loaded, for the body to render: refreshing it would cost
         # a statement for each object and a transaction that idles behind a slow client.
         expire = session.expire_on_commit

@@ -8,6 +8,7 @@ Some questions are answered here, each by the cheapest events that can answer it
   end or dropped.  (Events of the dialect, unlike ``before_cursor_execute``, do not send
   SQLAlchemy's connections down their slow path.)
 * *Which connections does the transaction use?*  ``after_begin`` says.
+* *May it be committed?*  ``before_commit`` asks, whoever commits.
 * *When has a transaction ended, and how?*  ``after_commit`` and ``after_transaction_end`` say.
 * *What has the database refused?*  ``handle_error`` says, whoever swallows the exception.
 
@@ -382,6 +383,16 @@ def _do_commit_twophase(commit: Callable[..., None], connection: Connection, *ar
     _do_commit(lambda _: commit(connection, *args, **options), pooled)
 
 
+def _before_commit(session: Session) -> None:
+    # Whoever commits it, or releases a SAVEPOINT in it.
+    frame = here.get()
+    while frame is not None:
+        unit = frame.unit
+        if unit is not None and unit.binder.peek(unit) is session:
+            unit._check_commit(session, session.get_nested_transaction() or session.get_transaction())
+        frame = frame.outer
+
+
 def _after_commit(session: Session) -> None:
     callbacks = _callbacks_of(session)
     if callbacks is not None:
@@ -417,7 +428,7 @@ def _handle_error(context: ExceptionContext) -> None:
         if frame.unit is not None and frame.unit.within is None:
             if frame.unit.watch is not None:
                 frame.unit.watch.failed(context.execution_context)
-            frame.unit.meets(error, own=in_transaction and frame.unit.uses(connection))
+            frame.unit._meets(error, own=in_transaction and frame.unit.uses(connection))
         frame = frame.outer
 
 
@@ -429,7 +440,7 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
     while error is not None and frame is not None:
         unit = frame.unit
         if unit is not None and unit.trial is not None and unit.binder.peek(unit) is session:
-            unit.meets(error, own=True)
+            unit._meets(error, own=True)
         frame = frame.outer
 
 
@@ -437,7 +448,12 @@ _IS_EVENT_OF_DIALECT = not sqlalchemy_version.startswith("1.")
 _ERRORS: _Functions = {"handle_error": _handle_error}
 
 _TO_SESSION = _Listeners(
-    {"after_begin": _after_begin, "after_commit": _after_commit, "after_transaction_end": _after_transaction_end},
+    {
+        "after_begin": _after_begin,
+        "before_commit": _before_commit,
+        "after_commit": _after_commit,
+        "after_transaction_end": _after_transaction_end,
+    },
     # Before the application's own, which may change data in after_begin, or raise in after_commit.
     insert=True,
 )

@@ -49,6 +49,32 @@ def episode(part: Exchange | Job, *, commit_at: str = "start", attempts: int = 1
 
 
 FOUND = {
+    "what a part that has failed leaves behind is not committed by the application either": episode(
+        exchange([OK, Add(), Try((Scope("required", (Raise("ValueError"),)),)), Commit()])
+    ),
+    "nor in a SAVEPOINT": episode(
+        exchange([OK, Add(), Scope("nested", (Add(), Try((Scope("required", (Raise("ValueError"),)),)), Commit()))])
+    ),
+    "a rollback makes up for it": episode(
+        exchange([OK, Add(), Try((Scope("required", (Raise("ValueError"),)),)), Rollback(), Add(), Commit()])
+    ),
+    "a SAVEPOINT that the application has ended is spoilt all the same": episode(
+        exchange(
+            [OK, Try((Scope("nested", (Rollback(), Add(), Try((Scope("required", (Raise("ValueError"),)),)))),)), Add()]
+        )
+    ),
+    "a status that comes too late, and is swallowed, is an error at the end": episode(
+        exchange([OK], [[Try((OK,)), Add()]])
+    ),
+    "one that is none, too": episode(exchange([OK], [[Try((Start("", True),)), Add()]])),
+    "one that the server refuses, too": episode(exchange([OK], [[], [Try((Start("200 OK", True),)), Add()]])),
+    "a body without a chunk is committed before its start": episode(
+        Exchange(
+            Program((OK, Add(), OnCommit("works")), "generator", (), (), None),
+            Server(None, 1, hops=False, refuses=False),
+        ),
+        commit_at="end",
+    ),
     "a body that raises spoils the request that it has joined": episode(
         exchange([OK, Add(), Inner(exchange([OK], last=[Raise("ValueError")]), True)])
     ),

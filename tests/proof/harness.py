@@ -528,10 +528,11 @@ class Run:
 
     def _tell_of(self, error: BaseException, where: str) -> None:
         self._stage.trace.append(("raised", self.who, where, label_of(error)))
-        # Without its traceback, which would keep what has raised it.
-        self.leaves = None if isinstance(error, Exception) else error.with_traceback(None)
+        if self.leaves is None and not isinstance(error, Exception):
+            # Without its traceback, which would keep what has raised it.
+            self.leaves = error.with_traceback(None)
 
-    #: What the server of an inner exchange lets out.
+    #: What the server of an inner exchange lets out: the first that is no Exception.
     leaves: BaseException | None = None
 
     def _start_response(self, status: Any, headers: Any, exc_info: Any = None) -> Callable[[bytes], None]:

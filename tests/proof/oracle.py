@@ -141,7 +141,8 @@ class Database:
         thrown = self._error(error, race=error != "plain")
         if error == "disconnect":
             connection.lost = thrown
-        self._met(thrown, unit)
+        if thrown.race:
+            self._met(thrown, unit)
         raise thrown
 
     def savepoint(self, connection: Connection) -> int:
@@ -297,6 +298,10 @@ class Session:
         self.pending.clear()
         self._unit.changes()
 
+    def present(self) -> Level:
+        """The transaction that there is, begun now if there is none."""
+        return self._begin().root()
+
     def query(self) -> Level:
         """A ``SELECT``, in the transaction that is returned."""
         self.flush()
@@ -322,6 +327,7 @@ class Session:
         """Commit the innermost level: ``COMMIT``, or ``RELEASE SAVEPOINT``."""
         if level.state is not State.PREPARED:
             self._demand(level)
+            self._unit.check(level)
             self.flush()
             level.state = State.PREPARED
         if level.connection is not None:
@@ -447,8 +453,8 @@ class Part:
 
     level: Level | None = None
     doomed: bool = False
-    #: What has escaped from a part that had joined.
-    spoilt: Thrown | None = None
+    #: What has escaped from a part that had joined, and what must not be committed because of that.
+    spoilt: tuple[Thrown, Level] | None = None
 
 
 class Unit:
@@ -472,6 +478,20 @@ class Unit:
     @property
     def doomed(self) -> bool:
         return self.parts[0].doomed
+
+    def spoil(self, part: Part, error: Thrown) -> None:
+        """What the part has done may be half of what it should be."""
+        held = part.level is not None and self.session.holds(part.level)
+        # Where it is no part of the whole, or the application has ended its SAVEPOINT: all, or what was done since.
+        level = part.level if held and part.level is not None else self.session.present()
+        if part.spoilt is None or part.spoilt[1] is not level:
+            part.spoilt = error, level
+
+    def check(self, level: Level) -> None:
+        """That nothing forbids to commit it."""
+        for part in self.parts:
+            if part.spoilt is not None and part.spoilt[1] is level:
+                raise Thrown("RollbackOnlyError", cause=part.spoilt[0])
 
     # What the session tells
 
@@ -540,9 +560,8 @@ class Unit:
     def commit(self) -> None:
         """Commit it, or roll it back and tell why."""
         try:
-            if self.parts[0].spoilt is not None:
-                raise Thrown("RollbackOnlyError", cause=self.parts[0].spoilt)
             if self.session.level is not None:
+                self.check(self.session.level.root())
                 self.session.commit()
         except Thrown:
             self.abort()
@@ -552,7 +571,10 @@ class Unit:
     def cannot_commit(self) -> bool:
         """It will raise where it is committed, unless the application rolls back."""
         level = self.session.level
-        return level is not None and (self.parts[0].spoilt is not None or level.state is not State.ACTIVE)
+        if level is None:
+            return False
+        spoilt = self.parts[0].spoilt
+        return level.state is not State.ACTIVE or (spoilt is not None and spoilt[1] is level.root())
 
     def abort(self) -> None:
         """Roll it back.  What fails meanwhile is logged, no more."""
@@ -798,8 +820,6 @@ class Response:
         self.refused = False
         #: The server has refused the response: nothing can be written.
         self.refused_by_server = False
-        #: The server has refused what it was told late: what is left is rolled back.
-        self.broken = False
         #: What write() could not do, and has told the application.
         self.unwritten: Thrown | None = None
         #: What the application did wrong: where it has swallowed that, the server is told all the same, unless an error
@@ -825,9 +845,11 @@ class Response:
 
     def write(self, data: bytes) -> None:
         """``write``, as the application has it."""
-        if self.refused_by_server:
-            raise Thrown("RuntimeError")
-        if not self._unit.begun:
+        if self._unit.begun:
+            self._oracle.call_back(self._unit)
+            if self.refused_by_server:
+                raise Thrown("RuntimeError")
+        else:
             if self.failed or self.unwritten is not None:
                 raise Unspecified("write() after the response has failed")
             self._settle_early()
@@ -842,7 +864,7 @@ class Response:
 
     def keeps(self) -> bool:
         """Whether what was done is to be committed."""
-        return not (self.refused or self.broken or self._unit.doomed)
+        return not (self.refused or self._unit.doomed)
 
     def settle(self, *, streamed: bool) -> None:
         """Step 4."""
@@ -872,26 +894,30 @@ class Response:
             raise
 
     def _record(self, status: object) -> None:
+        self.status = self._checked(status)
+        self.refused = self.status[0] not in "123"
+
+    @staticmethod
+    def _checked(status: object) -> str:
         if not isinstance(status, str):
             raise Thrown("TypeError")
         if status in ("", "20 OK"):
             raise Thrown("ValueError")
-        self.status = status
-        self.refused = status[0] not in "123"
+        return status
 
     def _start_late(self, status: object, error: Thrown | None) -> None:
-        if error is None:
-            raise Thrown(TWICE)
-        if not isinstance(status, str) or status in ("", "20 OK"):
-            raise Unspecified("a status that is none, after the response has begun")
+        """After the response has begun.  What goes wrong may be swallowed: then there is still an error at the end."""
         if self.failed:
             raise Unspecified("start_response() after the server has refused the response")
         try:
+            if error is None:
+                raise Thrown(TWICE)
+            checked = self._checked(status)
             self._front.start(status, error)
-        except Thrown:
-            self.broken = True
+        except Thrown as misuse:
+            self._unit.spoil(self._unit.parts[0], misuse)
             raise
-        if self.refused and status[0] in "123":
+        if self.refused and checked[0] in "123":
             raise Unspecified("a success, after an error has rolled back the first half")
         self._record(status)
 
@@ -971,8 +997,7 @@ def joined(unit: Unit) -> Iterator[None]:
     try:
         yield
     except Thrown as error:
-        part = unit.parts[-1]
-        part.spoilt = part.spoilt or error
+        unit.spoil(unit.parts[-1], error)
         raise
 
 
@@ -1061,6 +1086,7 @@ class Oracle:
                 else:
                     self.tell("closed", who, self.database.seen())
             yield
+            player.unit = None  # with its environ
             body.drop()
             self.tell("dropped", who, self.database.seen())
         for result in player.results:
@@ -1126,7 +1152,8 @@ class Oracle:
                 if response.status.startswith("5") and attempt.replayed(attempt.failed_by(None)):
                     replay = True
                 elif not unit.begun:
-                    response.settle(streamed=streamed)
+                    # What has turned out to have no chunk needs nothing that outlives the start.
+                    response.settle(streamed=streamed and first != [None])
                 elif not streamed:
                     response.decide()
             except Thrown as error:
@@ -1258,12 +1285,13 @@ class Oracle:
         unit.parts.append(part)
         try:
             self.run(steps, player)
-            if part.spoilt is not None and not part.doomed:
-                raise Thrown("RollbackOnlyError", cause=part.spoilt)
             if part.doomed:
                 self._roll_back_part(unit, session, level)
             elif session.holds(level):
+                unit.check(level)
                 session.commit_level(level)
+            elif unit.session.level is not None and unit.session.level.root() is not level.root():
+                unit.check(unit.session.level.root())
         except Thrown:
             self._roll_back_part(unit, session, level)
             raise

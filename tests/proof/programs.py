@@ -228,7 +228,8 @@ class Inner:
 
     With *shares*, its environ is a copy of that of the exchange around it (nothing is shared within a job); else it is
     a new one.  What reaches the inner server (an exception too) is in the trace and goes no further, except what is no
-    ``Exception``: the inner server lets that out, after the body, if it has one, was closed as its plan says.
+    ``Exception``: the inner server lets the first of that out, when the body, if it has one, was closed as its plan
+    says.
     """
 
     exchange: Exchange
