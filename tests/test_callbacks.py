@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session as OrmSession
@@ -215,6 +217,32 @@ def test_callbacks_wait_for_the_end_of_the_body_where_the_commit_does(world: Wor
     exchange.close()
 
 
+@pytest.mark.parametrize(
+    ("commit_at", "status", "doomed", "before", "after"),
+    [
+        ("start", "200 OK", False, ["committed"], []),
+        ("start", "200 OK", True, ["rolled back"], []),
+        ("start", "500 Oops", False, ["rolled back"], []),
+        ("end", "200 OK", False, [], ["committed"]),
+        ("end", "200 OK", True, ["rolled back"], []),
+        ("end", "500 Oops", False, ["rolled back"], []),
+    ],
+)
+def test_callbacks_of_a_view_that_has_done_nothing_wait_as_if_it_had(
+    world: World, diary: Diary, commit_at: Any, status: str, doomed: bool, before: list[str], after: list[str]
+) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        diary.watch()
+        if doomed:
+            current_scope().doom("a dry run")
+        start_response(status, [])
+        yield b"first"
+        diary.entries.append("body")
+
+    request(SessionMiddleware(app, world.Session, commit_at=commit_at))
+    assert diary.entries == [*before, "body", *after]
+
+
 def test_callbacks_of_the_view_and_of_the_body_follow_their_own_transaction(world: World, diary: Diary) -> None:
     def app(environ: Any, start_response: Any) -> Iterator[bytes]:
         write(world.Session, "view")
@@ -391,6 +419,24 @@ def test_a_callback_that_raises_is_logged_and_stops_nothing(
         assert secret not in record.getMessage()
 
 
+def test_the_log_names_the_error_of_the_driver_too(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.insert("taken")
+
+    def broken() -> None:
+        with session_scope(world.Session) as session:
+            session.add(note("taken"))
+
+    def broken_without_a_database() -> None:
+        raise ValueError
+
+    with session_scope(world.Session):
+        current_scope().on_commit(broken)
+        current_scope().on_commit(broken_without_a_database)
+    first, second = (record.getMessage().partition("\n")[0] for record in caplog.records)
+    assert first.endswith(": sqlalchemy.exc.IntegrityError from sqlite3.IntegrityError")
+    assert second.endswith(": ValueError")
+
+
 @in_each_unit
 def test_a_callback_of_a_failure_that_raises_leaves_the_first_exception(
     world: World, diary: Diary, unit: Unit, caplog: pytest.LogCaptureFixture
@@ -425,6 +471,34 @@ def test_a_callback_that_is_interrupted_stops_no_other_and_the_interruption_goes
     assert caught.value is interruption
     assert diary.entries == ["next"]
     assert world.durable() == ["kept"]
+
+
+def test_an_interruption_leaves_no_reference_cycle(world: World) -> None:
+    """It may be a timeout, whose traceback holds all that the request had."""
+
+    class Interruption(BaseException):
+        pass
+
+    made: list[weakref.ref[BaseException]] = []
+
+    def interrupted() -> None:
+        interruption = Interruption()
+        made.append(weakref.ref(interruption))
+        try:
+            raise interruption
+        finally:
+            del interruption
+
+    def work() -> None:
+        with suppress(Interruption), session_scope(world.Session):
+            current_scope().on_commit(interrupted)
+
+    gc.disable()
+    try:
+        work()
+        assert [reference() for reference in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_callback_that_is_interrupted_after_a_failure_leaves_the_first_exception(world: World, diary: Diary) -> None:
@@ -545,6 +619,19 @@ def test_a_failed_commit_is_a_500_whose_callbacks_are_told_first(world: World, d
     with pytest.raises(IntegrityError):
         Exchange(SessionMiddleware(app, world.Session), on_start=lambda status: diary.entries.append(status))
     assert diary.entries == ["rolled back"]
+
+
+def test_what_a_listener_registers_while_a_failed_commit_is_rolled_back_is_told(world: World, diary: Diary) -> None:
+    world.insert("taken")
+
+    def ended(session: Any, transaction: Any) -> None:
+        if transaction.parent is None:
+            diary.watch("afterwards")
+
+    with pytest.raises(IntegrityError), session_scope(world.Session) as session:
+        event.listen(session, "after_transaction_end", ended)
+        session.add(note("taken"))
+    assert diary.entries == ["afterwards rolled back"]
 
 
 # -- what the application does itself ---------------------------------------------------------------------------------
@@ -727,6 +814,23 @@ def test_nested_savepoints_hand_on_what_was_registered_in_them_level_by_level(
     assert world.durable() == ["kept"]
 
 
+def test_a_savepoint_within_a_flush_hands_on_what_was_registered_in_it(world: World, diary: Diary) -> None:
+    """A flush has a subtransaction of SQLAlchemy's own, which is no transaction of the database."""
+
+    def audit(session: Any, context: Any) -> None:
+        with session.begin_nested():
+            diary.watch("audit")
+
+    with session_scope(world.Session) as session:
+        diary.watch("whole")
+        event.listen(session, "after_flush", audit)
+        with suppress(Failure), session.begin_nested():
+            write(session, "lost")
+            raise Failure
+        diary.watch("after")
+    assert sorted(diary.entries) == ["after committed", "audit rolled back", "whole committed"]
+
+
 @in_each_registry
 @in_each_unit
 def test_a_nested_part_that_fails_drops_what_was_registered_in_it(world: World, diary: Diary, unit: Unit) -> None:
@@ -827,6 +931,28 @@ def test_an_independent_part_does_not_wait(world: World, diary: Diary, unit: Uni
     with pytest.raises(Failure):
         unit(world.Session, work)
     assert diary.entries == ["independent committed", "whole rolled back"]
+
+
+@in_each_registry
+@in_each_unit
+@pytest.mark.parametrize("failure", [None, Failure])
+def test_the_end_of_an_independent_part_says_nothing_of_the_whole(
+    world: World, diary: Diary, unit: Unit, failure: type[Failure] | None
+) -> None:
+    def work() -> None:
+        world.Session()
+        diary.watch("whole")
+        with suppress(Failure), session_scope(world.Session, propagation="requires_new") as session:
+            write(session, "independent")
+            if failure is not None:
+                raise failure
+        assert diary.entries == []
+        if failure is None:
+            raise Failure
+
+    with suppress(Failure):
+        unit(world.Session, work)
+    assert diary.entries == ["whole rolled back" if failure is None else "whole committed"]
 
 
 @in_each_unit

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session as OrmSession
@@ -293,6 +294,27 @@ def test_savepoints_left_open_in_a_nested_part_end_as_the_part_does(
         assert world.durable() == ["before", *kept, "z: after"]
 
 
+@pytest.mark.parametrize("future", FUTURES)
+def test_savepoints_left_open_in_a_view_are_gone_before_its_error_page_streams(
+    sqlite_url: URL, future: dict[str, Any]
+) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        world.Session.add(note("lost"))
+        world.Session.begin_nested()
+        write(world.Session, "in a SAVEPOINT")
+        start_response("500 Oops", [])
+        yield b"first"
+        assert world.Session.execute(sa.select(Note.text)).all() == []
+        yield b"last"
+
+    with closing(World(sqlite_url, **future)) as world:
+        with closing(Exchange(SessionMiddleware(app, world.Session))) as exchange:
+            assert exchange.next() == b"first"
+            assert world.checked_out == 0
+            assert exchange.next() == b"last"
+        assert world.durable() == []
+
+
 class UnableToClose(OrmSession):
     """A session of the application's own, whose ``close`` is broken."""
 
@@ -332,6 +354,37 @@ def test_a_session_that_cannot_be_closed_is_discarded_and_logged(
         assert world.checked_out == 0
 
 
+class UnableToRollBack(OrmSession):
+    """A session of the application's own, whose ``rollback`` is broken."""
+
+    def rollback(self) -> None:
+        raise ValueError
+
+
+@pytest.mark.parametrize("of", ["session", "SAVEPOINT"])
+def test_a_connection_that_cannot_be_rolled_back_is_discarded(
+    sqlite_url: URL, caplog: pytest.LogCaptureFixture, of: str
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise ValueError
+
+    discarded: list[Any] = []
+    with closing(World(sqlite_url, class_=UnableToRollBack if of == "session" else OrmSession)) as world:
+        event.listen(world.engine, "invalidate", lambda connection, *args: discarded.append(connection))
+        event.listen(world.engine, "rollback_savepoint", refuse)
+        with suppress(Failure), session_scope(world.Session) as session:
+            connection = session.connection().connection.dbapi_connection
+            with session_scope(world.Session, propagation="nested" if of == "SAVEPOINT" else "required"):
+                write(session, "lost")
+                raise Failure
+        assert discarded == [connection]
+        assert world.checked_out == 0
+        assert world.durable() == []
+    (message,) = caplog.messages
+    assert "failed" in message
+    assert "discarded: ValueError" in message
+
+
 def test_what_a_session_holds_that_cannot_be_closed_is_discarded(sqlite_url: URL) -> None:
     class BeginsAnew(UnableToClose):
         failure = ValueError()
@@ -347,6 +400,19 @@ def test_what_a_session_holds_that_cannot_be_closed_is_discarded(sqlite_url: URL
         assert world.checked_out == 0
 
 
+def test_a_session_that_begins_anew_at_its_end_gives_its_connection_back(sqlite_url: URL) -> None:
+    class BeginsAnew(OrmSession):
+        def commit(self) -> None:
+            super().commit()
+            self.connection()
+
+    with closing(World(sqlite_url, class_=BeginsAnew)) as world:
+        with session_scope(world.Session) as session:
+            session.execute(sa.select(Note)).all()
+        assert not session.in_transaction()
+        assert world.checked_out == 0
+
+
 def test_a_rollback_that_is_interrupted_goes_on_as_the_interruption(sqlite_url: URL) -> None:
     class Interrupted(OrmSession):
         def rollback(self) -> None:
@@ -359,6 +425,15 @@ def test_a_rollback_that_is_interrupted_goes_on_as_the_interruption(sqlite_url: 
         assert world.durable() == []
         assert world.checked_out == 0
         assert not world.Session.registry.has()
+
+
+def test_a_block_does_not_listen_for_the_sake_of_a_policy_that_it_has_not() -> None:
+    maker = sessionmaker()
+    dispatch: Any = maker().dispatch
+    before = {name: len(list(getattr(dispatch, name))) for name in ("after_commit", "after_soft_rollback")}
+    with session_scope(maker):
+        assert len(list(dispatch.after_commit)) == before["after_commit"] + 1
+        assert len(list(dispatch.after_soft_rollback)) == before["after_soft_rollback"]
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------
@@ -1438,6 +1513,26 @@ def test_a_block_that_a_generator_keeps_open_outlives_the_block_around_it(world:
     assert world.durable() == ["inner before", "outer"]
     assert list(generator) == []
     assert world.durable() == ["inner after", "inner before", "outer"]
+
+
+def test_a_block_that_ends_in_another_context_leaves_alone_what_is_running_there(sqlite_url: URL) -> None:
+    with closing(World(sqlite_url, "contextual")) as world:
+        block = session_scope(world.Session)
+
+        def begin() -> None:
+            session = block.__enter__()
+            with session_scope(world.Session, propagation="nested"):
+                session.add(note("kept"))
+            session.commit()  # so that SQLite lets others write meanwhile
+
+        contextvars.Context().run(begin)
+        with session_scope(world.Session) as session:
+            scope = current_scope()
+            session.add(note("kept too"))
+            block.__exit__(None, None, None)
+            assert current_scope() is scope
+            assert world.Session() is session
+        assert world.durable() == ["kept", "kept too"]
 
 
 @in_each_registry

@@ -30,6 +30,7 @@ from sa_wsgi_session import (
     contextual_session,
     current_scope,
     session_scope,
+    with_session,
 )
 from tests.conftest import SQLALCHEMY_14
 from tests.support import REGISTRIES, Exchange, Note, World, make_environ, note, request, serve
@@ -100,6 +101,19 @@ def test_outside_of_a_unit_of_work_there_is_no_session(contextual: World) -> Non
 def test_in_a_unit_of_work_of_another_session_there_is_no_session(contextual: World) -> None:
     with session_scope(sessionmaker()):
         assert_refused(contextual.Session)
+
+
+def test_the_error_tells_whether_there_was_a_unit_of_work(contextual: World) -> None:
+    def use_it() -> None:
+        for _ in range(2):
+            with pytest.raises(NoActiveScope, match="no unit of work is active here, so"):
+                contextual.Session()
+            with session_scope(contextual.Session):
+                inherited = copy_context()
+            with pytest.raises(NoActiveScope, match=r"\(or was copied from\) has ended"):
+                inherited.run(contextual.Session)
+
+    Context().run(use_it)
 
 
 def test_between_the_chunks_of_a_body_there_is_no_session(contextual: World) -> None:
@@ -562,6 +576,31 @@ def test_a_registry_that_held_nothing_holds_nothing_again(world: World) -> None:
         assert not world.Session.registry.has()
 
 
+@pytest.mark.parametrize("propagation", ["nested", "requires_new"])
+def test_a_job_and_a_request_leave_the_context_as_it_was(world: World, propagation: Any) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        work()
+        start_response("200 OK", [])
+        return [b"done"]
+
+    def work() -> None:
+        with suppress(Failure), session_scope(world.Session, propagation=propagation):
+            raise Failure
+
+    def do_all() -> None:
+        work()  # the context variable is new in this context
+        before = copy_context()
+        work()
+        request(SessionMiddleware(app, world.Session))
+        with session_scope(world.Session):
+            within = copy_context()
+            work()
+            assert copy_context() == within
+        assert copy_context() == before
+
+    Context().run(do_all)
+
+
 def test_a_registry_with_a_scope_function_of_its_own_is_bound_as_it_says(sqlite_url: URL) -> None:
     with closing(World(sqlite_url)) as world:
         tenant = ["one"]
@@ -788,6 +827,37 @@ def test_who_keeps_the_scope_of_what_has_ended_keeps_nothing_else_of_it(
     gc.collect()
     assert [reference() for reference in made] == [None, None]
     assert len(kept) == 1
+
+
+def test_who_keeps_the_scope_of_what_has_ended_does_not_keep_what_it_had_set_aside(world: World) -> None:
+    with held_before(world) as held:
+        reference = weakref.ref(held)
+        with session_scope(world.Session, propagation="requires_new"):
+            kept = current_scope()
+    del held
+    gc.collect()
+    assert reference() is None
+    assert str(kept) == "session_scope()"
+
+
+def test_who_keeps_the_scope_of_an_attempt_that_was_replayed_keeps_nothing_else_of_it(world: World) -> None:
+    kept: list[SessionScope] = []
+    made: list[Any] = []
+
+    def job(session: Any) -> None:
+        scope = current_scope()
+        kept.append(scope)
+        made.extend([weakref.ref(session), weakref.ref(session.connection())])
+        scope.on_rollback(lambda: pytest.fail(f"{session} had another attempt"))
+        write(session, "changed")
+        if scope.attempt == 1:
+            raise Failure
+
+    policy = RetryPolicy(delay=0, is_transient=lambda error: isinstance(error, Failure))
+    with_session(world.Session, retry=policy)(job)()
+    gc.collect()
+    assert [reference() for reference in made] == [None] * 4
+    assert [scope.attempt for scope in kept] == [1, 2]
 
 
 def count_own_objects() -> int:

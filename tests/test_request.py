@@ -8,10 +8,12 @@ import io
 import itertools
 import logging
 import os
+import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 from wsgiref.util import FileWrapper
@@ -20,6 +22,7 @@ import greenlet
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, declarative_base, scoped_session, sessionmaker
 
 from sa_wsgi_session import (
@@ -40,6 +43,7 @@ from tests.support import (
     Note,
     World,
     Worlds,
+    is_in_a_scope,
     make_environ,
     make_session,
     request,
@@ -489,6 +493,162 @@ def test_a_commit_that_fails_reaches_the_server_before_any_status(any_world: Wor
     assert any_world.durable() == ["taken"]
 
 
+# -- start_response and write() ---------------------------------------------------------------------------------------
+
+
+def handle(app: Any, session: Any = None) -> SessionMiddleware:
+    """*app* in a middleware whose session has no database."""
+    return SessionMiddleware(app, sessionmaker() if session is None else session)
+
+
+def test_a_status_that_was_none_and_was_swallowed_is_the_error_and_not_the_lack_of_one() -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        with suppress(ValueError):
+            start_response("nonsense", PLAIN)
+        return [b"all is well"]
+
+    with pytest.raises(ValueError, match="'nonsense'"):
+        Exchange(handle(app))
+
+
+def test_a_failure_of_write_that_was_swallowed_is_no_error_page_either() -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        send = start_response("500 Oops", PLAIN)
+        with suppress(TypeError):
+            send("text")
+        return [b"an error page"]
+
+    with pytest.raises(TypeError, match=r"write\(\).*type str"):
+        Exchange(handle(app))
+
+
+def test_of_a_status_without_end_the_first_hundred_characters_are_told() -> None:
+    with pytest.raises(ValueError, match=f"the status '{'x' * 100}': PEP 3333"):
+        Exchange(handle(respond(lambda: [b"x"], "x" * 1000)))
+
+
+def test_nobody_may_write_while_the_callbacks_of_a_response_run_that_has_not_begun() -> None:
+    called: list[str] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        send = start_response("200 OK", PLAIN)
+
+        def callback() -> None:
+            with pytest.raises(RuntimeError, match="before the application had returned, but outside of its call"):
+                send(b"too early")
+            called.append("called")
+
+        current_scope().on_commit(callback)
+        return iter([b"x"])
+
+    exchange = request(handle(app))
+    assert called == ["called"]
+    assert (exchange.written, exchange.content) == ([], b"x")
+
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+def test_a_session_scope_in_which_the_application_writes_goes_on_after_it(registry: str) -> None:
+    session = make_session(registry, sessionmaker())
+    seen: list[bool] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        send = start_response("200 OK", PLAIN)
+        with session_scope(session, propagation="requires_new") as mine:
+            inner = current_scope()
+            for _ in range(2):
+                send(b"x")
+                seen.append(current_scope() is inner and session() is mine)
+        return []
+
+    assert (
+        Exchange(handle(app, session), on_start=lambda status: seen.append(not is_in_a_scope())).written == [b"x"] * 2
+    )
+    assert seen == [True] * 3
+    assert not session.registry.has()
+
+
+@contextmanager
+def without_the_garbage_collector() -> Iterator[None]:
+    """Which would find a cycle in the end, but not before a while."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Failure(Exception):
+    """One to which there may be weak references."""
+
+
+@pytest.mark.parametrize("answered", [True, False], ids=["answered", "swallowed"])
+def test_a_failure_that_the_application_has_met_is_kept_by_nobody(answered: bool) -> None:
+    failures: list[Any] = []
+    statuses: list[str] = []
+
+    def veto(environ: Any, status: str, headers: Any) -> bool:
+        if status == "200 OK":
+            raise Failure
+        return True
+
+    def app(environ: Any, start_response: Any) -> Any:
+        send = start_response("200 OK", PLAIN)
+        try:
+            send(b"x")
+        except Failure as error:
+            failures.append(weakref.ref(error))
+            if answered:
+                start_response("500 Oops", PLAIN, sys.exc_info())
+        return [b"an error page"]
+
+    def server(environ: Any, start_response: Any) -> None:
+        with suppress(Failure):
+            SessionMiddleware(app, sessionmaker(), commit_veto=veto)(environ, start_response)
+
+    with without_the_garbage_collector():
+        server(make_environ(), lambda status, headers, exc_info=None: statuses.append(status))
+        assert [failure() for failure in failures] == [None]
+    assert statuses == (["500 Oops"] if answered else [])
+
+
+def test_a_failure_in_the_middle_of_the_body_is_kept_by_nobody() -> None:
+    def fail(data: bytes) -> Any:
+        raise Failure
+
+    def refuse(status: str, headers: Any, exc_info: Any = None) -> Any:
+        try:
+            if exc_info is not None:
+                raise exc_info[1]
+        finally:
+            exc_info = None  # as PEP 3333 demands it of a server
+        return fail
+
+    def app(environ: Any, start_response: Any) -> Any:
+        send = start_response("200 OK", PLAIN)
+        yield b"1"
+        try:
+            send(b"2")
+        except Failure as error:
+            failures.append(weakref.ref(error))
+        yield b"3"
+        try:
+            try:
+                raise Failure
+            except Failure as error:
+                failures.append(weakref.ref(error))
+                start_response("500 Oops", PLAIN, (Failure, error, error.__traceback__))
+        except Failure:
+            pass
+        yield b"4"
+
+    failures: list[Any] = []
+    with without_the_garbage_collector():
+        body: Any = handle(app)(make_environ(), refuse)
+        assert list(body) == [b"1", b"3", b"4"]
+        body.close()
+        assert [failure() for failure in failures] == [None, None]
+
+
 # -- hand on: the three kinds of body ---------------------------------------------------------------------------------
 
 
@@ -574,6 +734,47 @@ def test_a_body_around_what_the_file_wrapper_made_is_streamed(world: World, wrap
     environ = make_environ() | {"wsgi.file_wrapper": wrapper}
     assert Exchange(SessionMiddleware(app, world.Session), environ).read() == b"the file"
     assert world.durable() == ["downloaded"]
+
+
+@pytest.mark.parametrize("wrapper", [FileWrapper, file_wrapper_function], ids=["a class", "a function"])
+def test_each_file_has_a_wrapper_of_its_own(wrapper: Any) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", PLAIN)
+        files = [environ["wsgi.file_wrapper"](io.BytesIO(content)) for content in (b"unused", b"the file")]
+        return files[1]
+
+    environ = make_environ() | {"wsgi.file_wrapper": wrapper}
+    assert Exchange(handle(app), environ).read() == b"the file"
+
+
+@pytest.mark.parametrize("failing", ["the veto", "the server"])
+def test_a_file_that_reaches_no_server_is_closed_once(failing: str) -> None:
+    """By who else: the server has not got it."""
+    closed: list[str] = []
+
+    class File:
+        def read(self, size: int) -> bytes:
+            return b""
+
+        def close(self) -> None:
+            closed.append("closed")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", PLAIN)
+        return environ["wsgi.file_wrapper"](File())
+
+    def fail_if(it: str) -> Callable[..., bool]:
+        def fail(*args: Any) -> bool:
+            if it == failing:
+                raise LookupError
+            return False
+
+        return fail
+
+    middleware = SessionMiddleware(app, sessionmaker(), commit_veto=fail_if("the veto"))
+    with pytest.raises(LookupError):
+        Exchange(middleware, make_environ() | {"wsgi.file_wrapper": FileWrapper}, on_start=fail_if("the server"))
+    assert closed == ["closed"]
 
 
 def test_a_file_wrapper_of_the_applications_own_is_streamed(world: World) -> None:
@@ -848,6 +1049,23 @@ def test_a_body_may_hop_from_thread_to_thread(world: World) -> None:
 
 
 @pytest.mark.parametrize("registry", ["thread-local", "contextual"])
+def test_a_body_may_take_its_context_along_to_another_thread(registry: str) -> None:
+    session = make_session(registry, sessionmaker())
+
+    def view() -> Any:
+        mine = session()
+        while True:
+            yield str(session() is mine).encode()
+
+    context = contextvars.copy_context()
+    exchange = context.run(Exchange, handle(respond(view), session))
+    assert [context.run(exchange.next) for _ in range(2)] == [b"True"] * 2
+    assert run_in_thread(partial(context.run, exchange.next)) == b"True"
+    assert [context.run(exchange.next) for _ in range(2)] == [b"True"] * 2
+    context.run(exchange.close)
+
+
+@pytest.mark.parametrize("registry", ["thread-local", "contextual"])
 def test_a_body_may_be_closed_while_another_thread_still_waits_for_its_next_chunk(
     request: pytest.FixtureRequest, worlds: Worlds, registry: str
 ) -> None:
@@ -881,6 +1099,64 @@ def test_a_body_may_be_closed_while_another_thread_still_waits_for_its_next_chun
         assert body.closed == 1
         assert world.checked_out == 0
         assert world.durable() == []
+
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+def test_a_session_scope_that_a_body_leaves_in_its_close_is_the_innermost_one_there(registry: str) -> None:
+    session = make_session(registry, sessionmaker())
+    seen: list[bool] = []
+
+    class Chunks:
+        def __init__(self) -> None:
+            self._block = session_scope(session, propagation="requires_new")
+            self._rest = [b"1", b"2"]
+
+        def __iter__(self) -> Any:
+            self._mine = self._block.__enter__()
+            self._inner = current_scope()
+            return self
+
+        def _look(self) -> None:
+            seen.append(current_scope() is self._inner and session() is self._mine)
+
+        def __next__(self) -> bytes:
+            self._look()
+            if not self._rest:
+                raise StopIteration
+            return self._rest.pop()
+
+        def close(self) -> None:
+            self._look()
+            self._block.__exit__(None, None, None)
+
+    exchange = Exchange(handle(respond(Chunks), session))
+    for end in ([], [], [StopIteration]):
+        assert not is_in_a_scope()
+        with pytest.raises(StopIteration) if end else nullcontext():
+            exchange.next()
+    assert not is_in_a_scope()
+    assert not session.registry.has()
+    exchange.close()
+    assert seen == [True] * 4
+    assert not is_in_a_scope()
+
+
+def test_callbacks_of_a_body_whose_commit_fails_run_before_the_server_learns_of_it() -> None:
+    called: list[str] = []
+    session = contextual_session(sessionmaker())
+
+    def chunks() -> Any:
+        yield b"1"
+        session.add(Note(text="lost"))
+        current_scope().on_rollback(lambda: called.append("on_rollback"))
+
+    exchange = Exchange(handle(respond(chunks), session))
+    exchange.next()
+    with pytest.raises(UnboundExecutionError):
+        exchange.next()
+    assert called == ["on_rollback"]
+    exchange.close()
+    assert called == ["on_rollback"]
 
 
 @pytest.mark.parametrize("propagation", ["required", "nested", "requires_new"])
@@ -925,6 +1201,76 @@ def test_a_session_scope_that_a_body_has_open_when_the_client_goes_away_is_rolle
     exchange.close()
     assert any_world.checked_out == 0
     assert any_world.durable() == []
+
+
+@pytest.mark.parametrize("propagation", ["nested", "requires_new"])
+def test_a_generator_application_may_keep_a_session_scope_open_over_its_first_chunk(
+    world: World, propagation: Any
+) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        with session_scope(world.Session, propagation=propagation) as session:
+            inner = current_scope()
+            start_response("200 OK", PLAIN)
+            for number in range(2):
+                yield b"%d" % number
+                assert world.Session() is session
+                assert current_scope() is inner
+
+    exchange = Exchange(SessionMiddleware(app, world.Session))
+    for number in range(2):
+        assert not is_in_a_scope()
+        assert not world.Session.registry.has()
+        assert exchange.next() == b"%d" % number
+    assert exchange.read() == b""
+
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+def test_a_session_scope_over_a_first_chunk_that_is_never_sent_ends_as_the_innermost_one(registry: str) -> None:
+    session = make_session(registry, sessionmaker())
+    seen: list[bool] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        with session_scope(session, propagation="requires_new") as mine:
+            inner = current_scope()
+            start_response("200 OK", PLAIN)
+            try:
+                yield b"never sent"
+            finally:
+                seen.append(current_scope() is inner and session() is mine)
+
+    def veto(environ: Any, status: str, headers: Any) -> bool:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        Exchange(SessionMiddleware(app, session, commit_veto=veto))
+    assert seen == [True]
+    assert not is_in_a_scope()
+    assert not session.registry.has()
+
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+def test_a_body_that_reaches_no_server_is_closed_within_its_request(registry: str) -> None:
+    session = make_session(registry, sessionmaker())
+    scopes: list[SessionScope] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", PLAIN)
+        mine = session()
+
+        def close() -> None:
+            assert session() is mine
+            scopes.append(current_scope())
+
+        return Body([b"never sent"], close)
+
+    def fail(status: str) -> None:
+        raise LookupError
+
+    environ = make_environ()
+    with pytest.raises(LookupError):
+        Exchange(handle(app, session), environ, on_start=fail)
+    assert scopes == [environ["sa_wsgi_session.scope"]]
+    assert not session.registry.has()
 
 
 def test_a_body_may_be_read_in_another_context_each_time(world: World) -> None:
@@ -1175,6 +1521,14 @@ def test_the_applications_close_may_use_the_objects_that_the_view_has_loaded(any
 
     request(serve(any_world, view, status))
     assert closed == ["a note"]
+
+
+def test_the_warning_of_a_body_that_is_dropped_comes_from_the_package() -> None:
+    """So that a filter may name its module."""
+    dropped = [Exchange(handle(respond(lambda: iter([b"x"]))))]
+    with pytest.warns(ResourceWarning, match="dropped without a call to its close") as warned:
+        dropped.clear()
+    assert [os.path.basename(warning.filename) for warning in warned] == ["_middleware.py"]
 
 
 def test_a_closed_stream_yields_nothing_more(world: World) -> None:
@@ -1917,6 +2271,20 @@ def test_an_inner_copy_of_the_environ_joins_the_outer_request(world: World) -> N
 
     assert request(SessionMiddleware(outer, world.Session)).content == b"inner"
     assert world.durable() == []
+
+
+@pytest.mark.parametrize("body", [[b"a", b"b"], (b"a", b"b"), FileWrapper(io.BytesIO())], ids=["list", "tuple", "file"])
+def test_of_a_joined_part_too_a_body_that_runs_no_code_is_the_very_same_object(body: Any) -> None:
+    inner = handle(respond(lambda: body), (session := contextual_session(sessionmaker())))
+    bodies: list[Any] = []
+
+    def outer(environ: Any, start_response: Any) -> Any:
+        bodies.append(inner(dict(environ), start_response))
+        return [b"x"]
+
+    Exchange(handle(outer, session), make_environ() | {"wsgi.file_wrapper": FileWrapper}).read()
+    assert len(bodies) == 1
+    assert bodies[0] is body
 
 
 def test_a_joined_part_that_fails_and_is_swallowed_cannot_be_half_kept(world: World) -> None:

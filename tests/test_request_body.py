@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import sessionmaker
 
 from sa_wsgi_session import RetryPolicy, SessionMiddleware
 from tests.support import PLAIN, Body, World, request
@@ -82,6 +85,51 @@ def test_a_body_of_unknown_length_that_is_too_large_is_whole_and_read_once(world
     assert upload.bodies == [[b"first line\n", b"x" * 7, b"x" * (99_999 - 7) + b"\n", b"last line"]]
 
 
+@pytest.mark.parametrize("at_once", [1, 10, 100])
+@pytest.mark.parametrize(("size", "attempts"), [(10, 2), (11, 1), (30, 1)])
+def test_a_body_of_unknown_length_is_kept_up_to_the_limit_however_it_arrives(size, attempts, at_once):
+    class Dribble(Socket):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(at_once if size is None or size < 0 else min(size, at_once))
+
+    bodies: list[bytes] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        bodies.append(b"".join(iter(lambda: environ["wsgi.input"].read(100), b"")))
+        if len(bodies) == 1:
+            raise Lost
+        start_response("200 OK", PLAIN)
+        return [b"read"]
+
+    middleware = SessionMiddleware(app, sessionmaker(), retry=dataclasses.replace(POLICY, max_body=10))
+    body = bytes(range(size))
+    with suppress(Lost):
+        request(middleware, "/", "POST", **{"wsgi.input": Dribble(body), "wsgi.input_terminated": True})
+    assert bodies == [body] * attempts
+
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize(("size", "in_memory"), [(1, True), (4 * MIB, True), (4 * MIB + 1, False)])
+def test_a_body_that_is_kept_is_in_memory_up_to_four_mebibytes(size, in_memory):
+    def app(environ: Any, start_response: Any) -> Any:
+        with closing(environ["wsgi.input"]) as stream:
+            try:
+                stream.fileno()
+            except io.UnsupportedOperation:
+                kept.append(True)
+            else:
+                kept.append(False)
+        start_response("200 OK", PLAIN)
+        return [b"read"]
+
+    kept: list[bool] = []
+    middleware = SessionMiddleware(app, sessionmaker(), retry=dataclasses.replace(POLICY, max_body=size))
+    request(middleware, "/", "POST", **{"wsgi.input": Socket(bytes(size)), "CONTENT_LENGTH": str(size)})
+    assert kept == [in_memory]
+
+
 @pytest.mark.parametrize(
     "environ",
     [
@@ -94,13 +142,14 @@ def test_a_body_of_unknown_length_that_is_too_large_is_whole_and_read_once(world
         pytest.param({"HTTP_TRANSFER_ENCODING": "chunked"}, id="nobody knows where it ends"),
     ],
 )
-def test_a_body_that_cannot_be_kept_is_left_alone(environ, world):
+def test_a_body_that_cannot_be_kept_is_left_alone(environ, world, caplog):
     upload = Upload(world, lambda stream: stream)
     body = Socket(b"body")
     with pytest.raises(Lost):
         request(upload._middleware, "/", "POST", **{"wsgi.input": body, **environ})
     assert upload.bodies == [body]
     assert body.read() == b"body"
+    assert caplog.messages == []  # it is no failure
 
 
 def test_a_request_without_a_body_has_nothing_read(world):

@@ -112,6 +112,21 @@ def test_between_the_chunks_of_a_body_there_is_none(world: World) -> None:
 
 
 @in_each_registry
+def test_between_the_chunks_of_its_body_a_scope_refuses_whatever_else_is_running(world: World, other: World) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        world.Session()
+        start_response("200 OK", [])
+        yield b"first"
+
+    with closing(Exchange(SessionMiddleware(app, world.Session))) as exchange:
+        exchange.next()
+        scope = exchange.environ["sa_wsgi_session.scope"]
+        for running in (world, other):
+            with session_scope(running.Session), pytest.raises(NoActiveScope, match="is not running here"):
+                _ = scope.session
+
+
+@in_each_registry
 def test_a_joined_part_is_no_scope_of_its_own_and_the_others_are(world: World) -> None:
     with session_scope(world.Session) as session:
         scope = current_scope()
