@@ -433,6 +433,7 @@ class _Response:
             )
         if not self.forwarded and self._veto(self._environ, self.status, self._headers):
             self._scope._refuse()
+            self._error = None  # this status tells of it
         else:
             self._raise_error()
 

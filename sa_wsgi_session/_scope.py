@@ -519,6 +519,8 @@ class SessionScope(Watched):
             session.expire_on_commit = expire
 
     def _roll_back(self, session: Session) -> None:
+        # The error in it keeps the frames that it has passed, the body's among them.
+        self._rollback_only = None
         try:
             transaction = session.get_transaction()
             session.rollback()

@@ -68,6 +68,12 @@ FOUND = {
     ),
     "one that is none, too": episode(exchange([OK], [[Try((Start("", True),)), Add()]])),
     "one that the server refuses, too": episode(exchange([OK], [[], [Try((Start("200 OK", True),)), Add()]])),
+    "an error page that is written has answered the error": episode(
+        exchange([Try((Start(None, False),)), Start("404 Not Found", True), Write()])
+    ),
+    "a body that nobody closes, and that has raised, is closed when it is dropped": episode(
+        exchange([OK], last=[OK], close=(), closes=0)
+    ),
     "a body without a chunk is committed before its start": episode(
         Exchange(
             Program((OK, Add(), OnCommit("works")), "generator", (), (), None),

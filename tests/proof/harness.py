@@ -517,9 +517,9 @@ class Run:
     def _let_go(self) -> None:
         stream = weakref.ref(self._body) if type(self._body).__name__ == "_Stream" else None
         self._iterator = self._body = None
-        self._environ.clear()
         if self._server.closes == 0 and stream is not None and stream() is not None:
             gc.collect()  # an exception has kept it
+        self._environ.clear()
         self.is_over = True
         self._tell("dropped")
 

@@ -926,6 +926,8 @@ class Response:
             self.check()
             self.settle(streamed=True)
         except Thrown as error:
+            if self._oracle.innermost() is not self._unit:
+                raise Unspecified("a write() that fails within a requires_new part") from error
             self.unwritten = error
             raise
         self._oracle.call_back(self._unit)
@@ -1019,6 +1021,10 @@ class Oracle:
         self._players = count(1)
         self._callbacks = count(1)
 
+    def innermost(self) -> Unit:
+        """The unit of work at whose session the code is."""
+        return self._units[-1]
+
     def tell(self, *event: object) -> None:
         self.trace.append(event)
 
@@ -1086,8 +1092,8 @@ class Oracle:
                 else:
                     self.tell("closed", who, self.database.seen())
             yield
-            player.unit = None  # with its environ
             body.drop()
+            player.unit = None  # with its environ
             self.tell("dropped", who, self.database.seen())
         for result in player.results:
             result.kept = False
