@@ -223,10 +223,6 @@ class Binder:
             cover.set_aside = self.factory()
         return cover.set_aside
 
-    def forget(self, unit: Unit) -> None:
-        """Let go of the session of *unit*, which is the innermost one here."""
-        self.registry.clear()
-
     def _cover(self, unit: Unit) -> Unit | None:
         """The unit that was bound to the same registry right on top of *unit*, and has set its session aside."""
         cover: Unit | None = None
@@ -299,9 +295,6 @@ class ContextBinder(Binder):
         if holder.held is None:
             holder.held = self.factory()
         return holder.held
-
-    def forget(self, unit: Unit) -> None:
-        (unit.within or unit).held = None
 
 
 class ContextRegistry:

@@ -20,7 +20,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 from ._binding import (
@@ -45,7 +44,7 @@ from ._watching import listen
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from sqlalchemy.orm import scoped_session
+    from sqlalchemy.orm import Session, scoped_session
 
     from ._binding import SessionSource
 
@@ -241,6 +240,7 @@ class SessionMiddleware:
         response = _Response(scope, self._commit_veto, environ, start_response)
         made_file = _find_file_wrapper(environ)
         body: Any = None
+        stream: _Stream | None = None
         scope.bind()
         try:
             body = self._app(environ, response.start)
@@ -248,10 +248,7 @@ class SessionMiddleware:
                 if not _ONLY_BYTES.issuperset(map(type, body)):
                     for chunk in body:
                         _check_chunk(chunk)
-                stream = None
-            elif made_file is not None and made_file(body):
-                stream = None
-            else:
+            elif made_file is None or not made_file(body):
                 stream = _Stream(scope, body)
                 if response.status is None:
                     # A generator application calls start_response on its first next().
@@ -270,7 +267,7 @@ class SessionMiddleware:
                 scope._run_callbacks()
             response.forward()
         except BaseException as error:
-            _abort(scope, body, error)
+            _abort(scope, body, error, [] if stream is None else stream.inside)
             raise
         finally:
             response.over()
@@ -293,10 +290,12 @@ def _may_have_body(environ: Environ) -> bool:
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 
-def _abort(scope: SessionScope, body: object, error: BaseException) -> None:
+def _abort(scope: SessionScope, body: object, error: BaseException, inside: list[Unit]) -> None:
     """Roll back and remove; *body* reaches no server, so it is closed here.
 
     *error*, which brought us here, stays the one that is raised.
+
+    :param inside: the units that the body has left open, if they were unbound already.
     """
     with scope._first_error_stays():
         if scope._state is State.ENDED:
@@ -306,7 +305,7 @@ def _abort(scope: SessionScope, body: object, error: BaseException) -> None:
             scope.bind()
         scope._fail(error)
         # At once, as in the middle of a stream: nothing is locked any more, and close() finds a session that works.
-        inside = scope._unwind()
+        inside = scope._unwind() or inside
         with scope._first_error_stays():
             scope._conclude()
         rewind(inside)
@@ -631,6 +630,8 @@ class _Stream:
         # Where the last chunk was bound, and for a thread-local registry the values of that thread.
         frame = NOWHERE
         values: dict[str, Any] = {}
+        # The session that was bound here before, should another thread close the body while the application is at work.
+        aside: Session | None = None
         get_here = here.get
         advance = self._iterator.__next__
         if self._first is not _NOTHING:
@@ -638,7 +639,7 @@ class _Stream:
             yield first
         while not self._closed:
             if direct:
-                if get_here() is frame and (local is None or get_ident() == frame.thread):
+                if get_here() is frame and (local is None or local.__dict__ is values):
                     frame.unit = scope
                 else:
                     # The first chunk, or the first one in this thread or context.
@@ -648,13 +649,14 @@ class _Stream:
                         values = local.__dict__
                 scope.frame = frame
                 if local is not None:
+                    aside = None
                     if values:
-                        scope.set_aside = values.pop("value", None)
+                        scope.set_aside = aside = values.pop("value", None)
                     if scope.held is not None:
                         values["value"] = scope.held
             else:
                 scope.bind()
-                frame = scope.frame
+                frame, aside = scope.frame, scope.set_aside
             if self.inside:
                 rewind(self.inside)
             try:
@@ -662,15 +664,15 @@ class _Stream:
                 if type(chunk) is not bytes:
                     _check_chunk(chunk)
             except StopIteration:
-                self._finish(frame)
+                self._finish(frame, aside)
                 return
             except BaseException:
                 scope._refuse()
                 with scope._first_error_stays():
-                    self._finish(frame)
+                    self._finish(frame, aside)
                 raise
             if self._closed:  # by another thread, in the meantime
-                self._finish(frame)  # type: ignore[unreachable]
+                self._finish(frame, aside)  # type: ignore[unreachable]
                 return
             frame = scope.frame  # another one, if the application has called write()
             if frame.covered:
@@ -688,12 +690,12 @@ class _Stream:
                 scope._run_callbacks()
             yield chunk
 
-    def _finish(self, frame: Frame) -> None:
+    def _finish(self, frame: Frame, aside: Session | None) -> None:
         """The application has no more chunks, or failed: conclude, while the client waits."""
         scope = self._scope
         if self._closed:
             # By another thread, while the application was at work in this one, which still has the session.
-            scope.frame = frame
+            scope.frame, scope.set_aside = frame, aside
             scope._refuse()
             scope._end()
             return

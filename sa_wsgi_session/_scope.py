@@ -318,7 +318,7 @@ class SessionScope(Watched):
             try:
                 self._conclude()
             finally:
-                self._remove()
+                self._close()
         except BaseException:
             self._leave()
             with self._first_error_stays():
@@ -502,18 +502,17 @@ class SessionScope(Watched):
                 )
 
     def _commit(self, session: Session) -> None:
+        transaction = session.get_transaction()
         if self._rollback_only is not None:
             # First: whatever else the session has against it may merely come of that.
-            self._check_commit(session, session.get_transaction())
+            self._check_commit(session, transaction)
         # What the view has loaded stays loaded, for the body to render: refreshing it would cost
         # a statement for each object and a transaction that idles behind a slow client.
         expire = session.expire_on_commit
         session.expire_on_commit = False
         try:
-            transaction = session.get_transaction()
             session.commit()
-            # A Session of SQLAlchemy 1.4 without future=True commits one level at a time.
-            while transaction is not None and session.get_transaction() is transaction:
+            while _has_levels(session) and session.get_transaction() is transaction:
                 session.commit()
         finally:
             session.expire_on_commit = expire
@@ -524,7 +523,7 @@ class SessionScope(Watched):
         try:
             transaction = session.get_transaction()
             session.rollback()
-            while transaction is not None and session.get_transaction() is transaction:
+            while _has_levels(session) and session.get_transaction() is transaction:
                 session.rollback()
         except BaseException as error:
             warn_of_error(error, "%s: the rollback failed; what it holds is discarded", self)
@@ -532,7 +531,7 @@ class SessionScope(Watched):
             if not isinstance(error, Exception):
                 raise
 
-    def _remove(self) -> None:
+    def _close(self) -> None:
         session = self.binder.peek(self)
         if session is None:
             return
@@ -544,8 +543,6 @@ class SessionScope(Watched):
             self._invalidate(session)
             if not isinstance(error, Exception):
                 raise
-        finally:
-            self.binder.forget(self)
 
     def _invalidate(self, session: Session) -> None:
         """Close *session* without giving its connections back to the pool."""
@@ -560,6 +557,15 @@ def _root_of(savepoint: SessionTransaction) -> SessionTransaction:
     while transaction.parent is not None:
         transaction = transaction.parent
     return transaction
+
+
+def _has_levels(session: Session) -> bool:
+    """Whether *session* is in a transaction that it commits, and rolls back, one level at a time.
+
+    That is one of SQLAlchemy 1.4 without ``future=True``.  Elsewhere a ``commit()`` that was overridden, and does not
+    end the transaction, must not be called again and again.
+    """
+    return session.in_transaction() and not getattr(session, "future", True)
 
 
 def _is_pristine(session: Session) -> bool:

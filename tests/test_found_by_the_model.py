@@ -25,6 +25,7 @@ from tests.proof.programs import (
     Job,
     OnCommit,
     OnRollback,
+    Open,
     Program,
     Raise,
     Read,
@@ -73,6 +74,9 @@ FOUND = {
     ),
     "a body that nobody closes, and that has raised, is closed when it is dropped": episode(
         exchange([OK], last=[OK], close=(), closes=0)
+    ),
+    "what cannot be committed is told before the response begins, also where a result is open": episode(
+        exchange([OK, Open(1), Inner(exchange([OK, Raise("ValueError")]), True)])
     ),
     "a body without a chunk is committed before its start": episode(
         Exchange(

@@ -203,6 +203,26 @@ def test_a_statement_error_on_postgresql_is_no_success_where_the_application_com
     assert postgresql_world.durable() == ["kept"]
 
 
+def test_a_session_whose_commit_is_the_applications_own_and_does_nothing_is_asked_once(one_world: World) -> None:
+    class Deaf(Session):
+        commits = 0
+
+        def commit(self) -> None:
+            Deaf.commits += 1
+
+    own = scoped_session(sessionmaker(one_world.engine, class_=Deaf, future=True))
+
+    def view() -> Any:
+        own.add(Note(text="lost"))
+        own.flush()
+        return [b"x"]
+
+    request(SessionMiddleware(respond(view), own))
+    assert Deaf.commits == 1
+    assert one_world.durable() == []
+    assert one_world.checked_out == 0
+
+
 def test_a_statement_error_on_postgresql_that_the_application_rolls_back_is_none(postgresql_world: World) -> None:
     def view() -> Any:
         fail_and_swallow(postgresql_world)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from threading import get_ident
 from typing import Any
 from wsgiref.util import FileWrapper
 
@@ -1048,6 +1049,40 @@ def test_a_body_may_hop_from_thread_to_thread(world: World) -> None:
     assert world.durable() == [*(f"chunk {number}" for number in range(5)), "close"]
 
 
+def test_a_body_keeps_its_session_where_a_new_thread_has_the_identifier_of_one_that_has_ended() -> None:
+    session = scoped_session(sessionmaker())
+    seen: list[Session] = []
+
+    def view() -> Any:
+        for _ in range(8):
+            seen.append(session())
+            yield b"%d" % get_ident()
+
+    # One context, and one thread after the other: their identifiers are given out again.
+    context = contextvars.copy_context()
+    exchange = context.run(Exchange, handle(respond(view), session))
+    threads = [run_in_thread(partial(context.run, exchange.next)) for _ in range(8)]
+    assert len(set(threads)) < 8
+    assert len(set(map(id, seen))) == 1
+    exchange.close()
+
+
+def test_a_session_that_was_set_aside_comes_back_where_another_thread_has_closed_the_body() -> None:
+    session = scoped_session(sessionmaker())
+    mine = session()
+
+    def close_in_thread(number: int) -> bytes:
+        assert session() is not mine
+        run_in_thread(exchange.close)
+        return b"too late"
+
+    exchange = Exchange(handle(respond(lambda: map(close_in_thread, range(2))), session))
+    with pytest.raises(StopIteration):
+        exchange.next()
+    assert session() is mine
+    session.remove()
+
+
 @pytest.mark.parametrize("registry", ["thread-local", "contextual"])
 def test_a_body_may_take_its_context_along_to_another_thread(registry: str) -> None:
     session = make_session(registry, sessionmaker())
@@ -1224,8 +1259,11 @@ def test_a_generator_application_may_keep_a_session_scope_open_over_its_first_ch
     assert exchange.read() == b""
 
 
+@pytest.mark.parametrize("by_the_server", [False, True])
 @pytest.mark.parametrize("registry", REGISTRIES)
-def test_a_session_scope_over_a_first_chunk_that_is_never_sent_ends_as_the_innermost_one(registry: str) -> None:
+def test_a_session_scope_over_a_first_chunk_that_is_never_sent_ends_as_the_innermost_one(
+    registry: str, by_the_server: bool
+) -> None:
     session = make_session(registry, sessionmaker())
     seen: list[bool] = []
 
@@ -1238,11 +1276,14 @@ def test_a_session_scope_over_a_first_chunk_that_is_never_sent_ends_as_the_inner
             finally:
                 seen.append(current_scope() is inner and session() is mine)
 
-    def veto(environ: Any, status: str, headers: Any) -> bool:
+    def fail(*_: Any) -> Any:
         raise LookupError
 
     with pytest.raises(LookupError):
-        Exchange(SessionMiddleware(app, session, commit_veto=veto))
+        if by_the_server:
+            SessionMiddleware(app, session)(make_environ(), fail)
+        else:
+            Exchange(SessionMiddleware(app, session, commit_veto=fail))
     assert seen == [True]
     assert not is_in_a_scope()
     assert not session.registry.has()

@@ -144,6 +144,12 @@ class Database:
         if connection.in_transaction:
             connection.rollback()
         self.lent -= 1
+        try:
+            # What SQLAlchemy sets on each new connection.
+            connection.create_function("regexp", 2, None)
+        except sqlite3.OperationalError:
+            # A cursor that is garbage already, so that nobody could close it, reads from it: no more of this one.
+            return
         self._shelf.append(connection)
 
     def fault(self, what: str, done: Callable[[], object] = lambda: None) -> None:
@@ -516,10 +522,12 @@ class Run:
 
     def _let_go(self) -> None:
         stream = weakref.ref(self._body) if type(self._body).__name__ == "_Stream" else None
+        # First: a failed flush, which the session keeps, may keep the body.
+        self._environ.clear()
         self._iterator = self._body = None
         if self._server.closes == 0 and stream is not None and stream() is not None:
             gc.collect()  # an exception has kept it
-        self._environ.clear()
+            gc.collect()  # what its close() has left
         self.is_over = True
         self._tell("dropped")
 
@@ -671,7 +679,7 @@ class Play:
             case Rollback():
                 self._Session.rollback()
             case Remove():
-                self._Session.remove()
+                self._remove()
             case Doom():
                 current_scope(self._Session).doom("a dry run")
             case OnCommit(what):
@@ -707,6 +715,18 @@ class Play:
         if transaction is None or not _goes_on(transaction):
             return "lost"
         return len(result.all())
+
+    def _remove(self) -> None:
+        session = self._Session.registry() if self._Session.registry.has() else None
+        try:
+            self._Session.remove()
+        except BaseException:
+            # SQLAlchemy leaves the transaction as if it went on.
+            self._results = [
+                (result, None if transaction is not None and transaction.session is session else transaction)
+                for result, transaction in self._results
+            ]
+            raise
 
     def _callback(self, what: str) -> Callable[[], None]:
         name, stage, Session = self._stage.number("c"), self._stage, self._Session

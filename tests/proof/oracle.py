@@ -869,12 +869,11 @@ class Response:
     def settle(self, *, streamed: bool) -> None:
         """Step 4."""
         unit = self._unit
-        if streamed and self.keeps() and unit.commit_at == "end":
+        reads_on = unit.session.has_open_result() and not unit.session.has_changes()
+        if streamed and (reads_on or (self.keeps() and unit.commit_at == "end")):
             # What cannot be committed at the end is told while an error is still an error page.
-            if unit.cannot_commit():
+            if self.keeps() and unit.cannot_commit():
                 unit.commit()
-            return
-        if streamed and (unit.session.has_open_result() and not unit.session.has_changes()):
             return
         self.decide()
 
@@ -1092,8 +1091,8 @@ class Oracle:
                 else:
                     self.tell("closed", who, self.database.seen())
             yield
-            body.drop()
             player.unit = None  # with its environ
+            body.drop()
             self.tell("dropped", who, self.database.seen())
         for result in player.results:
             result.kept = False
