@@ -721,6 +721,25 @@ def test_a_status_after_the_first_byte_is_the_servers_to_refuse_and_the_rest_is_
     assert world.durable() == ["before"]
 
 
+def test_a_status_that_fails_between_two_chunks_has_the_rest_rolled_back(world: World) -> None:
+    given: list[Any] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        given.append(start_response)
+        write(world, "before")
+        start_response("200 OK", PLAIN)
+        yield b"1"
+        write(world, "after")
+        yield b"2"
+
+    with closing(Exchange(SessionMiddleware(app, world.Session))) as exchange:
+        exchange.next()
+        with pytest.raises(RuntimeError, match="second time without exc_info"):
+            given[0]("500 Oops", PLAIN)
+        exchange.read()
+    assert world.durable() == ["before"]
+
+
 def test_a_status_after_the_start_but_before_the_first_byte_is_told_and_the_rest_is_rolled_back(world: World) -> None:
     def app(environ: Any, start_response: Any) -> Any:
         write(world, "before")
