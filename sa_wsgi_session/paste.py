@@ -257,6 +257,14 @@ def _read_integer(section: _Section, key: str, value: Any) -> Any:
     return _read_text(int, section, key, value, "it cannot be read")
 
 
+def _read_amount(section: _Section, key: str, value: Any) -> Any:
+    # SQLAlchemy takes it, and waits in vain at the first statement, or where the pool is exhausted.
+    found = _read_integer(section, key, value)
+    if isinstance(found, (int, float)) and found < 0:
+        section.refuse(key, "it is negative")
+    return found
+
+
 def _read_text(read: Callable[[str], Any], section: _Section, key: str, value: Any, problem: str) -> Any:
     found, error = _try(read, value) if isinstance(value, str) else (value, None)
     if error is not None:
@@ -381,9 +389,11 @@ _SETTINGS = {
         ),
         (
             "arraysize executemany_batch_page_size executemany_values_page_size insertmanyvalues_page_size "
-            "label_length max_identifier_length max_overflow pool_recycle pool_size pool_timeout query_cache_size",
+            "label_length max_identifier_length max_overflow pool_recycle query_cache_size",
             _Key(_read_integer, "an integer"),
         ),
+        ("pool_size", _Key(_read_amount, "an integer: how many connections are kept, where 0 sets no limit")),
+        ("pool_timeout", _Key(_read_amount, "an integer: how many seconds to wait for a connection, 0 or more")),
         (
             "creator json_deserializer json_serializer poolclass",
             _Key(_read_callable, "the dotted name of a class or a function, such as sqlalchemy.pool:NullPool"),
@@ -443,7 +453,7 @@ _SECRET_INSIDE = re.compile(rf"(?:{_SECRET})\w*(?:\s*=|['\"]\s*:)", re.IGNORECAS
 _BEFORE_PASSWORD = re.compile(r"://[^:@]*:")
 #: Of a URL that has one: the name of its user may be an address.
 _BEFORE_KNOWN_PASSWORD = re.compile(r"://[^:]*:")
-_BEFORE_USER = re.compile(r"://|:")
+_BEFORE_USER = re.compile(r"(?:.*?(?:://|//|:))?", re.DOTALL)
 
 
 def _mask_url(text: str) -> tuple[str, list[str]]:
@@ -551,7 +561,7 @@ class _Section:
             return repr(value) if isinstance(value, (bool, int, float, type(None))) else f"<{type_name(value)}>"
         # A URL may stand anywhere: who confuses two keys may confuse the one with the URL too.
         shown, hidden = _mask_url(value)
-        if _SECRET_NAME.search(key) or _SECRET_INSIDE.search(shown):
+        if _SECRET_NAME.search(key) or _SECRET_INSIDE.search(value.partition("?")[0]):
             shown, hidden = "***", [value]
         self._hidden[key] = {part for text in hidden for part in _parts(text)}
         return shown if shown == "***" else repr(shown)

@@ -755,6 +755,22 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         [SCOPED, "dsn = host=localhost password=s3cret"],
         ["dsn = ***", "no such key", KEYS],
     ),
+    "a secret in a text that is no URL": (
+        [SCOPED, "sqlalchemy.url = host=localhost password=s3cr@et"],
+        ["sqlalchemy.url = ***", "cannot be read as a URL"],
+    ),
+    **{
+        f"a URL that is spelt {url}": (
+            [SCOPED, f"sqlalchemy.url = {url}"],
+            [f"sqlalchemy.url = {shown!r}", "cannot be read as a URL"],
+        )
+        for url, shown in {
+            "postgresql:/me:s3cret@localhost/notes": "postgresql:***@localhost/notes",
+            "postgresql//me:s3cret@localhost/notes": "postgresql//***@localhost/notes",
+            "postgresql//mes3cret@localhost/notes": "postgresql//***@localhost/notes",
+            "me=s3cret@localhost/notes": "***@localhost/notes",
+        }.items()
+    },
     "a setting without a URL": (
         [SCOPED, "sqlalchemy.echo = true"],
         ["sqlalchemy.echo = 'true'", "without sqlalchemy.url", "accepted", "sqlalchemy.url"],
@@ -936,6 +952,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a number that is none": (
         [SCOPED, URL_LINE, "sqlalchemy.pool_size = many"],
         ["sqlalchemy.pool_size = 'many'", "cannot be read (ValueError", "accepted", "an integer"],
+    ),
+    "a pool that could never lend a connection": (
+        [SCOPED, URL_LINE, "sqlalchemy.pool_size = -1"],
+        ["sqlalchemy.pool_size = '-1'", "negative", "accepted", "how many connections are kept"],
+    ),
+    "a wait that is over before it begins": (
+        [SCOPED, URL_LINE, "sqlalchemy.pool_timeout = -5"],
+        ["sqlalchemy.pool_timeout = '-5'", "negative", "accepted", "how many seconds"],
     ),
     "a boolean that is none": (
         [SCOPED, URL_LINE, "sqlalchemy.pool_pre_ping = perhaps"],

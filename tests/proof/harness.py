@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 from wsgiref.util import FileWrapper
@@ -113,7 +114,10 @@ class Database:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._shelf: list[sqlite3.Connection] = []
-        self._readers: list[sqlite3.Connection] = []
+        #: Of each connection, another one to the same file.
+        self._readers: dict[sqlite3.Connection, sqlite3.Connection] = {}
+        self._made = count()
+        self._unusable: list[sqlite3.Connection] = []
         #: What fails the next time: what → error.
         self.armed: dict[str, str] = {}
         #: How many connections the engine has and has not closed.
@@ -130,14 +134,14 @@ class Database:
         return LentConnection(self, self._shelf.pop())
 
     def _make(self) -> None:
-        name = str(self._folder / f"{len(self._readers)}.sqlite")
+        name = str(self._folder / f"{next(self._made)}.sqlite")
         connection = sqlite3.connect(name, check_same_thread=False, isolation_level=None)
         connection.executescript(
             "PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY;"
             "CREATE TABLE token (id INTEGER PRIMARY KEY, text TEXT NOT NULL);"
             f"CREATE TABLE seed (id INTEGER PRIMARY KEY); INSERT INTO seed VALUES {', '.join(['(NULL)'] * SEEDS)}"
         )
-        self._readers.append(sqlite3.connect(name, check_same_thread=False, isolation_level=None))
+        self._readers[connection] = sqlite3.connect(name, check_same_thread=False, isolation_level=None)
         self._shelf.append(connection)
 
     def put_back(self, connection: sqlite3.Connection) -> None:
@@ -148,9 +152,10 @@ class Database:
             # What SQLAlchemy sets on each new connection.
             connection.create_function("regexp", 2, None)
         except sqlite3.OperationalError:
-            # A cursor that is garbage already, so that nobody could close it, reads from it: no more of this one.
-            return
-        self._shelf.append(connection)
+            # A cursor that is garbage already, so that nobody could close it, reads from it.
+            self._unusable.append(connection)
+        else:
+            self._shelf.append(connection)
 
     def fault(self, what: str, done: Callable[[], object] = lambda: None) -> None:
         """Fail, if that was commanded; *done* is what a lost connection does to the transaction first."""
@@ -168,17 +173,22 @@ class Database:
 
     def durable(self) -> tuple[str, ...]:
         """What other connections see."""
-        found = [text for reader in self._readers for (text,) in reader.execute("SELECT text FROM token")]
+        found = [text for reader in self._readers.values() for (text,) in reader.execute("SELECT text FROM token")]
         return tuple(sorted(found, key=lambda text: int(text[1:])))
 
     def clear(self) -> None:
         self.armed.clear()
         self.failed_to_roll_back = False
+        for connection in self._unusable:
+            connection.close()
+            self._readers.pop(connection).close()
+        self._unusable.clear()
         for connection in self._shelf:
             connection.execute("DELETE FROM token")
 
     def close(self) -> None:
-        for connection in (*self._shelf, *self._readers):
+        self.clear()
+        for connection in (*self._shelf, *self._readers.values()):
             connection.close()
 
 

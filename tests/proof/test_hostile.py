@@ -276,8 +276,11 @@ POLICY = RetryPolicy(attempts=3, delay=0, max_body=100, is_transient=lambda erro
 
 
 def announces_a_body(environ: Any) -> bool:
-    if "HTTP_TRANSFER_ENCODING" in environ or environ.get("CONTENT_LENGTH", "") not in ("", "0"):
+    if "HTTP_TRANSFER_ENCODING" in environ:
         return True
+    length = environ.get("CONTENT_LENGTH", "")
+    if length != "":
+        return bool(length != "0")
     safe = environ.get("REQUEST_METHOD") in ("GET", "HEAD", "OPTIONS", "TRACE")
     return bool(environ.get("wsgi.input_terminated")) and not safe
 
