@@ -24,7 +24,7 @@ from ._watching import is_open
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.orm import Session, SessionTransaction
 
     from ._watching import Watch, Watched
 
@@ -111,9 +111,11 @@ class Trial:
 
     #: The last lost race that it has met.
     _conflict: Conflict | None = None
-    #: The transaction of its session in which that was, and the SAVEPOINT in it; none if it was on another connection.
+    #: The transaction of a session in which that was, and the SAVEPOINT in it; none if it was on another connection.
     _transaction: SessionTransaction | None = None
     _savepoint: SessionTransaction | None = None
+    #: What has come of it, in the session of a part.
+    _refusal: BaseException | None = None
     #: What the session had sent by then.
     _watch: Watch | None = None
     #: Whether something that it did is durable, so that it can't be undone.
@@ -175,18 +177,22 @@ class Trial:
         """Whether it has changed something on that connection of the pool."""
         return any(changed is pooled for changed, _connection in self._changed)
 
-    def meets(self, error: BaseException, unit: Watched, *, own: bool) -> Conflict | None:
-        """*error* has come up, from its own session or from elsewhere; perhaps the application goes on regardless."""
+    def meets(self, error: BaseException, unit: Watched, session: Session | None) -> Conflict | None:
+        """*error* has come up, in *session*, its own or that of a part, or elsewhere; perhaps nobody minds."""
         conflict = self._policy._classify(error)
         if conflict is None:
             return None
         self._conflict, self._watch = conflict, unit.watch
         self._transaction = self._savepoint = None
         self._unknown |= conflict.unknown
-        session = unit.binder.peek(unit) if own else None
         if session is not None:
             self._transaction, self._savepoint = session.get_transaction(), session.get_nested_transaction()
         return conflict
+
+    def refuses(self, part: Watched, error: BaseException) -> None:
+        """*error* ends a part of it that is not rolled back yet."""
+        if self._is_pending(part):
+            self._refusal = error
 
     @property
     def again(self) -> bool:
@@ -202,7 +208,10 @@ class Trial:
         # PostgreSQL refuses all that comes after a lost race, and so does a Session: with another error.
         lost = self._conflict if self._is_pending(unit) else None
         for link in _chain(error, self._outside, implicit=not self._has_gone_on(unit)):
-            lost = self.meets(link, unit, own=False) or lost
+            if link is self._refusal:
+                lost = self._conflict
+            lost = self.meets(link, unit, None) or lost
+        self._refusal = None  # its traceback refers to frames that refer to this
         self._decide(unit, lost)
 
     def answered(self, unit: Watched) -> bool:

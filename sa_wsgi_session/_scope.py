@@ -43,7 +43,7 @@ from ._binding import NOWHERE, Binder, Unit, binder_of, innermost, is_here, unwi
 from ._callbacks import Callbacks
 from ._errors import NoActiveScope, RollbackOnlyError, log, shown, type_name, warn_of_error
 from ._transient import classify
-from ._watching import Watched, is_aborted, is_open
+from ._watching import Watched, is_aborted, is_open, trials
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -231,6 +231,9 @@ class SessionScope(Watched):
         if self.trial is not None:
             with self._first_error_stays():
                 self.trial.failed(self, error)
+        for trial in trials():
+            if trial is not self.trial:
+                trial.refuses(self, error)
 
     def _settle(self, *, body_is_over: bool = False) -> None:
         """The status of a streamed response is known: conclude the first half, unless it has to wait for the body."""
@@ -439,11 +442,10 @@ class SessionScope(Watched):
             f'pass, call Session.rollback() where you handle it, or run that part with propagation="nested"',
         )
 
-    def _meets(self, error: BaseException, *, own: bool) -> None:
-        """*error* has come up, from the session of this unit or from elsewhere; whoever called may swallow it."""
+    def _meets(self, error: BaseException, session: Session | None) -> None:
+        """*error* has come up, in *session*, this unit's or another one, or elsewhere; whoever called may swallow it."""
         conflict = classify(error)
-        session = self.binder.peek(self)
-        if own and conflict is not None and conflict.undone and session is not None:
+        if conflict is not None and conflict.undone and session is not None and session is self.binder.peek(self):
             # The next statement begins another transaction, which the database would commit without a word.
             self._rollback_only = (
                 session.get_transaction(),
@@ -452,7 +454,7 @@ class SessionScope(Watched):
                 f"the work is there; let the exception pass, or call Session.rollback() where you handle it",
             )
         if self.trial is not None:
-            self.trial.meets(error, self, own=own)
+            self.trial.meets(error, self, session)
 
     # Steps
 

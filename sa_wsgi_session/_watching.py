@@ -302,15 +302,15 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
             if unit.watch is None or not others:
                 unit.watch = Watch()
             unit.watch.pooled.append(connection.connection)
-    trials = list(_trials()) if _there_are_policies else []
+    attempts = list(trials()) if _there_are_policies else []
     # Within an attempt, other sessions as well.
-    if (watching or trials) and _listen_to_connections(connection, bool(trials)):
-        for trial in trials:
+    if (watching or attempts) and _listen_to_connections(connection, bool(attempts)):
+        for trial in attempts:
             # Nobody knows what it has done on this engine before.
             trial.has_committed()
 
 
-def _trials() -> Iterator[Trial]:
+def trials() -> Iterator[Trial]:
     """The attempts that the running code is part of."""
     frame = here.get()
     while frame is not None:
@@ -371,10 +371,10 @@ def _do_commit(commit: Callable[..., None], pooled: Any) -> None:
     try:
         commit(pooled)
     except BaseException as error:
-        for trial in _trials():
+        for trial in trials():
             trial.commits(pooled, error)
         raise
-    for trial in _trials():
+    for trial in trials():
         trial.commits(pooled, None)
 
 
@@ -423,12 +423,16 @@ def _handle_error(context: ExceptionContext) -> None:
         return  # an interruption; or a connection that the pool replaces, and nobody hears of it
     connection = context.connection
     in_transaction = connection is not None and not connection._is_autocommit_isolation()
+    session: Session | None = None
     frame = here.get()
     while frame is not None:
-        if frame.unit is not None and frame.unit.within is None:
-            if frame.unit.watch is not None:
-                frame.unit.watch.failed(context.execution_context)
-            frame.unit._meets(error, own=in_transaction and frame.unit.uses(connection))
+        unit = frame.unit
+        if unit is not None and unit.within is None:
+            if unit.watch is not None:
+                unit.watch.failed(context.execution_context)
+            if session is None and in_transaction and unit.uses(connection):
+                session = unit.binder.peek(unit)
+            unit._meets(error, session)
         frame = frame.outer
 
 
@@ -436,11 +440,10 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
     if transaction.nested:
         return  # to a SAVEPOINT, which deals with what it was for
     error = sys.exc_info()[1]
-    frame = here.get()
-    while error is not None and frame is not None:
-        unit = frame.unit
-        if unit is not None and unit.trial is not None and unit.binder.peek(unit) is session:
-            unit._meets(error, own=True)
+    frame = here.get() if error is not None and _unit_of(session) is not None else None
+    while frame is not None:
+        if frame.unit is not None and frame.unit.trial is not None:
+            frame.unit._meets(error, session)
         frame = frame.outer
 
 

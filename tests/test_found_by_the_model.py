@@ -140,6 +140,9 @@ FOUND = {
         ),
         attempts=2,
     ),
+    "a connection that a part of its own has lost, and swallowed, is a lost race where that part is refused": episode(
+        exchange([OK, Arm("execute", "disconnect", 1), Scope("requires_new", (Try((Read(),)),))]), attempts=2
+    ),
 }
 
 

@@ -495,6 +495,17 @@ def lose_in_a_unit_of_its_own(world: World) -> None:
         lose(world)
 
 
+def swallow_in_a_unit_of_its_own(world: World) -> None:
+    """What that commits then is refused, with another error."""
+    with session_scope(world.Session, propagation="requires_new"):
+        swallow(world)
+
+
+def swallow_stale_data_in_a_unit_of_its_own(world: World) -> None:
+    with session_scope(world.Session, propagation="requires_new"):
+        swallow_stale_data(world)
+
+
 def lose_on_a_second_connection(world: World) -> None:
     with world.engine.connect() as connection:
         connection.execute(sa.text("SELECT fail('40P01')"))
@@ -519,6 +530,8 @@ def lose_on_a_second_connection(world: World) -> None:
         lose_within_a_joined_block,
         lose_within_a_savepoint,
         lose_in_a_unit_of_its_own,
+        swallow_in_a_unit_of_its_own,
+        swallow_stale_data_in_a_unit_of_its_own,
         lose_on_a_second_connection,
     ],
 )
@@ -529,6 +542,26 @@ def test_a_lost_race_is_noticed_whatever_the_application_makes_of_it(
     assert tried.answers().content == b"done"
     assert tried.attempts == [1, 2]
     assert set(postgresql_world.durable()) - {"rival"} == {"attempt 2"}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_part_that_has_lost_a_race_and_is_dealt_with_is_no_lost_race(postgresql_world: World, again: bool) -> None:
+    def view() -> list[bytes]:
+        write(postgresql_world, "view")
+        with suppress(RollbackOnlyError):
+            swallow_in_a_unit_of_its_own(postgresql_world)
+        if again:  # what fails later has nothing to do with it
+            raise Failure
+        return [b"done"]
+
+    tried = Tried(postgresql_world, view)
+    if again:
+        with pytest.raises(Failure):
+            tried.answers()
+    else:
+        assert tried.answers().content == b"done"
+    assert tried.attempts == [1]
+    assert postgresql_world.durable() == ([] if again else ["view"])
 
 
 @pytest.mark.parametrize(
