@@ -96,7 +96,7 @@ def _steps(depth: int, *, in_exchange: bool, least: int = 0, most: int = 4) -> s
     return st.lists(_weighted(*choices), min_size=least, max_size=most).map(tuple)
 
 
-def _with_start(view: tuple[Any, ...], where: int, status: str, exc_info: bool) -> tuple[Any, ...]:
+def _with_start(view: tuple[Any, ...], where: int, status: str, exc_info: bool = False) -> tuple[Any, ...]:
     return _with(Start(status, exc_info), view, where)
 
 
@@ -118,6 +118,8 @@ def _view(depth: int, *, in_exchange: bool) -> st.SearchStrategy[Any]:
 def _programs(depth: int) -> st.SearchStrategy[Program]:
     steps = _view(depth, in_exchange=True)
     few = _steps(depth, in_exchange=True, most=2)
+    # Some chunks with a change and an exception for sure: what is left of a response whose body fails?
+    failing = st.builds(lambda steps, error: (*steps, Add(), error), few, _RAISES)
     # Nearly every application starts a response properly: somewhere in its view.
     started = st.builds(
         _with_start,
@@ -126,14 +128,14 @@ def _programs(depth: int) -> st.SearchStrategy[Program]:
         st.sampled_from(("200 OK", "200 OK", "200 OK", *STATUSES)),
         st.sampled_from((False, False, False, True)),
     )
-    return st.builds(
-        Program,
-        _weighted((9, started), (1, steps)),
-        st.sampled_from(("list", "tuple", "file", "iterable", "iterable", "iterable", "generator", "generator")),
-        st.lists(few, max_size=3).map(tuple),
-        few,
-        _weighted((1, st.none()), (2, few)),
-    )
+    chunks = st.lists(_weighted((4, few), (1, failing)), max_size=3).map(tuple)
+    close = _weighted((1, st.none()), (2, few))
+    shapes = ("list", "tuple", "file", "iterable", "iterable", "iterable", "generator", "generator")
+    wild = st.builds(Program, _weighted((9, started), (1, steps)), st.sampled_from(shapes), chunks, few, close)
+    # A view that fails has no body. In some programs what happens is left to the body.
+    calm = st.builds(_with_start, st.lists(_COMMON, max_size=2).map(tuple), st.integers(0, 2), st.just("200 OK"))
+    late = st.builds(Program, calm, st.sampled_from(("iterable", "generator")), chunks, few, close)
+    return _weighted((2, wild), (1, late))
 
 
 def _servers(*, inner: bool) -> st.SearchStrategy[Server]:
