@@ -62,6 +62,13 @@ def _weighted(draw: st.DrawFn, *choices: tuple[int, st.SearchStrategy[Any]]) -> 
 _FAULTS: st.SearchStrategy[Any] = st.builds(
     lambda fault, until: Arm(fault[0], fault[1], until), st.sampled_from(FAULTS), st.sampled_from((1, 1, 1, 2, 3))
 )
+_RACES: st.SearchStrategy[Any] = st.builds(
+    lambda kind, until: Arm("execute", kind, until),
+    st.sampled_from(("race", "race", "disconnect")),
+    st.sampled_from((1, 2)),
+)
+#: How the application itself may have ended its transaction by then.
+_OWN: st.SearchStrategy[Any] = st.sampled_from(((), (), (Commit(),), (Flush(), Commit()), (Rollback(),), (Remove(),)))
 _CALLBACKS = st.sampled_from(("works", "raises", "writes"))
 
 #: What may stand anywhere, and is done most.
@@ -112,7 +119,9 @@ def _view(depth: int, *, in_exchange: bool) -> st.SearchStrategy[Any]:
         lambda steps, fault, where: (*_with(Add(), steps, where), fault), steps, _FAULTS, st.integers(0, 4)
     )
     early = st.builds(lambda fault, steps: (fault, *steps), _FAULTS, steps)
-    return _weighted((8, steps), (1, late), (1, early))
+    # A race that is lost after some work: may it be done again?
+    race = st.builds(lambda steps, own, fault: (*steps, Add(), *own, fault, Read()), steps, _OWN, _RACES)
+    return _weighted((8, steps), (1, late), (1, early), (2, race))
 
 
 def _programs(depth: int) -> st.SearchStrategy[Program]:
