@@ -163,7 +163,7 @@ def rewind(units: list[Unit]) -> None:
 class Binder:
     """Binds units to a registry by the four methods that every registry of SQLAlchemy has."""
 
-    __slots__ = ("factory", "key", "registry")
+    __slots__ = ("dialect", "factory", "key", "registry")
 
     #: Whether the registry itself looks for the unit, so that nothing has to be moved.
     contextual = False
@@ -171,6 +171,8 @@ class Binder:
     def __init__(self, registry: Any, factory: Callable[..., Session]) -> None:
         self.registry = registry
         self.factory = factory
+        #: The last one that was listened to (``_watching``).
+        self.dialect: object = None
         #: Two binders with the same key bind the same sessions.
         self.key: object = registry
 

@@ -23,7 +23,6 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ._binding import (
-    NOWHERE,
     ContextBinder,
     Frame,
     ThreadBinder,
@@ -241,7 +240,7 @@ class SessionMiddleware:
         made_file = _find_file_wrapper(environ)
         body: Any = None
         stream: _Stream | None = None
-        scope.bind()
+        binder.enter(scope)
         try:
             body = self._app(environ, response.start)
             if type(body) is list or type(body) is tuple:
@@ -423,7 +422,7 @@ class _Response:
 
     def decide(self) -> None:
         """Refuse the commit where the status, or the veto, demands it."""
-        if not self._answered:
+        if self._error is not None and not self._answered:
             self._raise_error()
         if self.status is None:
             raise RuntimeError(
@@ -433,7 +432,7 @@ class _Response:
         if not self.forwarded and self._veto(self._environ, self.status, self._headers):
             self._scope._refuse()
             self._error = None  # this status tells of it
-        else:
+        elif self._error is not None:
             self._raise_error()
 
     def check(self) -> None:
@@ -447,9 +446,9 @@ class _Response:
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
+        assert error is not None
         try:
-            if error is not None:
-                raise error
+            raise error
         finally:
             del error  # its traceback refers to this frame, which must not refer to it
 
@@ -543,6 +542,8 @@ def _find_file_wrapper(environ: Environ) -> Callable[[object], bool] | None:
 # The body
 
 _NOTHING = object()
+#: Where generators come from, and other iterators of which __iter__() returns them and does nothing else.
+_ITERATE_THEMSELVES = ("builtins", "itertools")
 
 
 class _JoinedBody:
@@ -607,7 +608,11 @@ class _Stream:
                 f"the application has returned a body of type {type_name(body)}: PEP 3333 demands "
                 f"an iterable that yields bytes, such as [b'...'] (Specification Overview)"
             )
-        self._iterator: Iterator[bytes] = iter(body)
+        iterator = iter(body)
+        if type(iterator).__module__ not in _ITERATE_THEMSELVES:
+            # "for" asks it once more for an iterator: it may do anything then.
+            iterator = iter(iterator.__next__, _NOTHING)
+        self._iterator: Iterator[bytes] = iterator
 
     def pull(self) -> None:
         """Pull the first chunk, for what the application does on the way to it."""
@@ -622,73 +627,77 @@ class _Stream:
         # each time, because one kept in an attribute would be a reference cycle.
         #
         # Binding is written out here, for the two kinds of registry that are worth it: calling
-        # bind() and unbind() would double the cost of a chunk.
+        # bind() and unbind() would double the cost of a chunk. And "for" resumes a generator of
+        # the application faster than next().
+        if self._first is not _NOTHING:
+            first, self._first = self._first, _NOTHING
+            yield first
+        if self._closed:
+            return
         scope = self._scope
         binder = scope.binder
         local = binder.local if isinstance(binder, ThreadBinder) else None
         direct = local is not None or isinstance(binder, ContextBinder)
-        # Where the last chunk was bound, and for a thread-local registry the values of that thread.
-        frame = NOWHERE
-        values: dict[str, Any] = {}
-        # The session that was bound here before, should another thread close the body while the application is at work.
-        aside: Session | None = None
         get_here = here.get
-        advance = self._iterator.__next__
-        if self._first is not _NOTHING:
-            first, self._first = self._first, _NOTHING
-            yield first
-        while not self._closed:
-            if direct:
-                if get_here() is frame and (local is None or local.__dict__ is values):
-                    frame.unit = scope
-                else:
-                    # The first chunk, or the first one in this thread or context.
-                    frame = Frame(scope, get_here())
-                    here.set(frame)
-                    if local is not None:
-                        values = local.__dict__
-                scope.frame = frame
-                if local is not None:
-                    aside = None
-                    if values:
-                        scope.set_aside = aside = values.pop("value", None)
-                    if scope.held is not None:
-                        values["value"] = scope.held
-            else:
-                scope.bind()
-                frame, aside = scope.frame, scope.set_aside
-            if self.inside:
-                rewind(self.inside)
-            try:
-                chunk = advance()
+        scope.bind()
+        if self.inside:
+            rewind(self.inside)
+        # Where it is bound, and for a thread-local registry the values of that thread.
+        frame = scope.frame
+        values: dict[str, Any] = {} if local is None else local.__dict__
+        # The session that was bound here before, should another thread close the body while the application is at work.
+        aside = scope.set_aside
+        runs = True
+        try:
+            for chunk in self._iterator:
                 if type(chunk) is not bytes:
                     _check_chunk(chunk)
-            except StopIteration:
-                self._finish(frame, aside)
-                return
-            except BaseException:
+                if self._closed:  # by another thread, in the meantime
+                    break  # type: ignore[unreachable]
+                frame = scope.frame  # another one, if the application has called write()
+                if frame.covered:
+                    self.inside = unwind(frame)
+                if direct:
+                    frame.unit = None
+                    if local is not None:
+                        scope.held = values.pop("value", None) if values else None
+                        if scope.set_aside is not None:
+                            values["value"] = scope.set_aside
+                            scope.set_aside = aside = None
+                else:
+                    scope.unbind()
+                runs = False
+                if scope.callbacks is not None:
+                    scope._run_callbacks()
+                yield chunk
+                if self._closed:
+                    return  # type: ignore[unreachable]
+                if not direct:
+                    scope.bind()
+                    frame, aside = scope.frame, scope.set_aside
+                elif get_here() is frame and (local is None or local.__dict__ is values):
+                    frame.unit = scope
+                    if local is not None:
+                        if values:
+                            scope.set_aside = aside = values.pop("value", None)
+                        if scope.held is not None:
+                            values["value"] = scope.held
+                else:
+                    # The first one in this thread or context.
+                    scope.bind()
+                    frame, aside = scope.frame, scope.set_aside
+                    if local is not None:
+                        values = local.__dict__
+                runs = True
+                if self.inside:
+                    rewind(self.inside)
+        except BaseException:
+            if runs:
                 scope._refuse()
                 with scope._first_error_stays():
                     self._finish(frame, aside)
-                raise
-            if self._closed:  # by another thread, in the meantime
-                self._finish(frame, aside)  # type: ignore[unreachable]
-                return
-            frame = scope.frame  # another one, if the application has called write()
-            if frame.covered:
-                self.inside = unwind(frame)
-            if direct:
-                frame.unit = None
-                if local is not None:
-                    scope.held = values.pop("value", None) if values else None
-                    if scope.set_aside is not None:
-                        values["value"] = scope.set_aside
-                        scope.set_aside = None
-            else:
-                scope.unbind()
-            if scope.callbacks is not None:
-                scope._run_callbacks()
-            yield chunk
+            raise
+        self._finish(frame, aside)
 
     def _finish(self, frame: Frame, aside: Session | None) -> None:
         """The application has no more chunks, or failed: conclude, while the client waits."""

@@ -182,9 +182,12 @@ class Trial:
         conflict = self._policy._classify(error)
         if conflict is None:
             return None
+        self._unknown |= conflict.unknown
+        own = session is not None and session is unit.binder.peek(unit)
+        if not own and self._is_pending(unit):
+            return conflict  # an earlier one is still the matter with its own session
         self._conflict, self._watch = conflict, unit.watch
         self._transaction = self._savepoint = None
-        self._unknown |= conflict.unknown
         if session is not None:
             self._transaction, self._savepoint = session.get_transaction(), session.get_nested_transaction()
         return conflict

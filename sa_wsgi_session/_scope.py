@@ -87,6 +87,7 @@ class SessionScope(Watched):
         "attempt",
     )
 
+    within: SessionScope | None
     #: Which attempt at this unit of work this is: 1, 2, …
     attempt: int
 
@@ -205,7 +206,7 @@ class SessionScope(Watched):
     @property
     def _root(self) -> SessionScope:
         """The unit of work that owns the session: this one, unless it is a SAVEPOINT."""
-        return cast("SessionScope", self.within or self)
+        return self.within or self
 
     @property
     def _is_bound(self) -> bool:
@@ -313,7 +314,8 @@ class SessionScope(Watched):
 
     def _end(self) -> None:
         """Conclude, remove the session whatever happens, unbind, and run what is due."""
-        self._unwind()  # what is still open within it has lost its place
+        if self.frame.covered:
+            unwind(self.frame)  # what is still open within it has lost its place
         if self.within is not None:
             self._end_savepoint()
             return
@@ -321,7 +323,9 @@ class SessionScope(Watched):
             try:
                 self._conclude()
             finally:
-                self._close()
+                session = self.binder.peek(self)
+                if session is not None:
+                    self._close(session)
         except BaseException:
             self._leave()
             with self._first_error_stays():
@@ -443,7 +447,7 @@ class SessionScope(Watched):
         )
 
     def _meets(self, error: BaseException, session: Session | None) -> None:
-        """*error* has come up, in *session*, this unit's or another one, or elsewhere; whoever called may swallow it."""
+        """*error* has come up, in *session*, this unit's or another one, or elsewhere; it may be swallowed."""
         conflict = classify(error)
         if conflict is not None and conflict.undone and session is not None and session is self.binder.peek(self):
             # The next statement begins another transaction, which the database would commit without a word.
@@ -533,10 +537,7 @@ class SessionScope(Watched):
             if not isinstance(error, Exception):
                 raise
 
-    def _close(self) -> None:
-        session = self.binder.peek(self)
-        if session is None:
-            return
+    def _close(self, session: Session) -> None:
         try:
             if not _is_pristine(session):
                 session.close()
@@ -567,7 +568,7 @@ def _has_levels(session: Session) -> bool:
     That is one of SQLAlchemy 1.4 without ``future=True``.  Elsewhere a ``commit()`` that was overridden, and does not
     end the transaction, must not be called again and again.
     """
-    return session.in_transaction() and not getattr(session, "future", True)
+    return not getattr(session, "future", True) and session.in_transaction()
 
 
 def _is_pristine(session: Session) -> bool:

@@ -57,6 +57,7 @@ class Watched(Unit):
 
     __slots__ = ("callbacks", "connections", "trial", "watch", "watching")
 
+    within: Watched | None
     #: What the transaction uses (and perhaps what earlier ones used and gave back).
     connections: list[Connection]
     #: Whether somebody will want to know about open results and changes.
@@ -282,9 +283,9 @@ def _unit_of(session: Session) -> Watched | None:
     """The unit bound here whose session this is; none for a session that is not ours."""
     frame = here.get()
     while frame is not None:
-        unit = frame.unit
+        unit: Watched | None = frame.unit
         if unit is not None and unit.binder.peek(unit) is session:
-            return cast(Watched, unit.within or unit)
+            return unit.within or unit
         frame = frame.outer
     return None
 
@@ -304,10 +305,13 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
             unit.watch.pooled.append(connection.connection)
     attempts = list(trials()) if _there_are_policies else []
     # Within an attempt, other sessions as well.
-    if (watching or attempts) and _listen_to_connections(connection, bool(attempts)):
-        for trial in attempts:
-            # Nobody knows what it has done on this engine before.
-            trial.has_committed()
+    if attempts or (unit is not None and watching and unit.binder.dialect is not connection.dialect):
+        if _listen_to_connections(connection, bool(attempts)):
+            for trial in attempts:
+                # Nobody knows what it has done on this engine before.
+                trial.has_committed()
+        if unit is not None:
+            unit.binder.dialect = connection.dialect
 
 
 def trials() -> Iterator[Trial]:
@@ -319,21 +323,19 @@ def trials() -> Iterator[Trial]:
         frame = frame.outer
 
 
-def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
-    _do_execute_no_params(cursor, statement, context)
-
-
-def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> None:
+def _do_execute(cursor: Any, statement: str, *parameters_and_context: Any) -> None:
+    context = parameters_and_context[-1]
     frame = here.get()
     while frame is not None:
         unit = frame.unit
         if unit is not None:
             watch, trial = unit.watch, unit.trial
-            own = watch is not None and context.root_connection.connection in watch.pooled
+            connection = context.root_connection
+            own = watch is not None and (connection in unit.connections or connection.connection in watch.pooled)
             if own:
                 watch.statement(statement, context)
             if trial is not None and (watch.changed if own else effect_of(statement)):
-                _note_change(trial, statement, context.root_connection)
+                _note_change(trial, statement, connection)
         frame = frame.outer
 
 
@@ -410,9 +412,9 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 def _callbacks_of(session: Session) -> Callbacks | None:
     frame = here.get()
     while frame is not None:
-        unit = frame.unit
+        unit: Watched | None = frame.unit
         if unit is not None and unit.callbacks is not None and unit.binder.peek(unit) is session:
-            return cast(Callbacks, unit.callbacks)
+            return unit.callbacks
         frame = frame.outer
     return None
 
@@ -463,7 +465,7 @@ _TO_SESSION = _Listeners(
 _STATEMENTS: _Functions = {
     "do_execute": _do_execute,
     "do_executemany": _do_execute,
-    "do_execute_no_params": _do_execute_no_params,
+    "do_execute_no_params": _do_execute,
 }
 _TO_DIALECT = _Listeners(_STATEMENTS | _ERRORS if _IS_EVENT_OF_DIALECT else _STATEMENTS)
 # For attempts that may be replayed, in addition.
@@ -483,13 +485,17 @@ def is_open(session: Session, savepoint: SessionTransaction) -> bool:
 _IN_ERROR = 3
 
 
+#: To spare the common ones the questions.
+_GO_ON_AFTER_ERRORS = ("sqlite", "mysql", "mariadb")
+
+
 def is_aborted(connection: Connection) -> bool:
     """Whether the database has given up the transaction on *connection*, as PostgreSQL does.
 
     After any error PostgreSQL refuses every statement, and answers ``COMMIT`` by rolling back,
     which its drivers do not report.  psycopg and psycopg2 know the state without asking.
     """
-    if connection.closed or connection.invalidated:
+    if connection.dialect.name in _GO_ON_AFTER_ERRORS or connection.closed or connection.invalidated:
         return False
     info = getattr(connection.connection.dbapi_connection, "info", None)
     return getattr(info, "transaction_status", None) == _IN_ERROR

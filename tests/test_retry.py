@@ -699,6 +699,7 @@ def test_a_connection_that_was_lost_between_two_requests_is_replaced(postgresql_
 
     killed: list[bool] = []
     tried = Tried(postgresql_world, view)
+    postgresql_world.engine.dispose()  # so that the pool has no other connection to give
     pid = int(tried.answers().content)
     with rival(postgresql_world) as connection:
         connection.execute(sa.text(f"SELECT pg_terminate_backend({pid}, 60000)"))
