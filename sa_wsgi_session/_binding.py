@@ -178,8 +178,12 @@ class Binder:
 
     def nest(self, unit: Unit) -> None:
         """Make *unit* the innermost one, with the session that is bound already."""
-        unit.frame = frame = Frame(unit, here.get())
-        here.set(frame)
+        outer = here.get()
+        if outer is unit.frame and outer.thread == get_ident():
+            outer.unit = unit  # here it was paused
+        else:
+            unit.frame = frame = Frame(unit, outer)
+            here.set(frame)
 
     def unnest(self, unit: Unit) -> None:
         """Undo :meth:`nest`."""
@@ -200,7 +204,14 @@ class Binder:
 
     def leave(self, unit: Unit) -> None:
         """Unbind *unit*, the innermost one: the registry is what it was before :meth:`enter`."""
-        self.unnest(unit)
+        self.pause(unit)
+        frame = unit.frame
+        if here.get() is frame:
+            here.set(frame.outer)
+
+    def pause(self, unit: Unit) -> None:
+        """The same, but its frame stays, empty: it will be bound again, here, soon."""
+        unit.frame.unit = None
         registry = self.registry
         unit.held = registry() if registry.has() else None
         if unit.set_aside is not None:
@@ -257,8 +268,8 @@ class ThreadBinder(Binder):
             values["value"] = unit.held
         self.nest(unit)
 
-    def leave(self, unit: Unit) -> None:
-        self.unnest(unit)
+    def pause(self, unit: Unit) -> None:
+        unit.frame.unit = None
         values: dict[str, Any] = self.local.__dict__
         unit.held = values.pop("value", None) if values else None
         if unit.set_aside is not None:
@@ -288,6 +299,9 @@ class ContextBinder(Binder):
 
     enter = Binder.nest
     leave = Binder.unnest
+
+    def pause(self, unit: Unit) -> None:
+        unit.frame.unit = None
 
     def peek(self, unit: Unit) -> Session | None:
         return (unit.within or unit).held

@@ -261,9 +261,11 @@ class SessionMiddleware:
             else:
                 if not response.forwarded:
                     scope._settle(body_is_over=stream.is_over)
-                stream.inside = scope._unwind()
-                scope.unbind()
-                scope._run_callbacks()
+                if scope.frame.covered:
+                    stream.inside = unwind(scope.frame)
+                binder.pause(scope)
+                if scope.callbacks is not None:
+                    scope._run_callbacks()
             response.forward()
         except BaseException as error:
             _abort(scope, body, error, [] if stream is None else stream.inside)
@@ -639,7 +641,7 @@ class _Stream:
         local = binder.local if isinstance(binder, ThreadBinder) else None
         direct = local is not None or isinstance(binder, ContextBinder)
         get_here = here.get
-        scope.bind()
+        binder.enter(scope)
         if self.inside:
             rewind(self.inside)
         # Where it is bound, and for a thread-local registry the values of that thread.
@@ -665,7 +667,7 @@ class _Stream:
                             values["value"] = scope.set_aside
                             scope.set_aside = aside = None
                 else:
-                    scope.unbind()
+                    binder.pause(scope)
                 runs = False
                 if scope.callbacks is not None:
                     scope._run_callbacks()
@@ -673,7 +675,7 @@ class _Stream:
                 if self._closed:
                     return  # type: ignore[unreachable]
                 if not direct:
-                    scope.bind()
+                    binder.enter(scope)
                     frame, aside = scope.frame, scope.set_aside
                 elif get_here() is frame and (local is None or local.__dict__ is values):
                     frame.unit = scope
@@ -684,7 +686,7 @@ class _Stream:
                             values["value"] = scope.held
                 else:
                     # The first one in this thread or context.
-                    scope.bind()
+                    binder.enter(scope)
                     frame, aside = scope.frame, scope.set_aside
                     if local is not None:
                         values = local.__dict__
@@ -708,17 +710,19 @@ class _Stream:
             scope._refuse()
             scope._end()
             return
-        self.inside = scope._unwind()
+        if scope.frame.covered:
+            self.inside = unwind(scope.frame)
         try:
             scope._conclude()
             self._complete = not scope._refused
         except BaseException:
-            scope.unbind()
+            scope.binder.pause(scope)
             with scope._first_error_stays():
                 scope._run_callbacks()
             raise
-        scope.unbind()
-        scope._run_callbacks()
+        scope.binder.pause(scope)
+        if scope.callbacks is not None:
+            scope._run_callbacks()
 
     def close(self) -> None:
         """Call the application's ``close``, conclude what is left, remove the session."""
@@ -728,8 +732,9 @@ class _Stream:
         scope = self._scope
         if not self._complete:
             scope._refuse()  # the client went away, or something failed
-        scope.bind()
-        rewind(self.inside)
+        scope.binder.enter(scope)
+        if self.inside:
+            rewind(self.inside)
         try:
             _close(self._body)
         except BaseException as error:
