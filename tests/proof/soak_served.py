@@ -51,7 +51,10 @@ class _MallInfo(ctypes.Structure):
 
 
 def _memory() -> dict[str, int | None]:
-    """The resident memory, and what of it is in use (where the C library can tell), in bytes."""
+    """The resident memory that is the process's own, and what of it is in use (where the C library can tell), in bytes.
+
+    How much of its files (libraries above all) is in memory is up to the kernel. What that has swapped out counts, too.
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         # What nobody uses is given back, be it in the midst of what is in use.
@@ -62,7 +65,8 @@ def _memory() -> dict[str, int | None]:
         told = library.mallinfo2()
         in_use = told.uordblks + told.hblkhd
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"resident": int(status["VmRSS"].split()[0]) * 1024, "in_use": in_use}
+    resident = sum(int(status[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
+    return {"resident": resident, "in_use": in_use}
 
 
 class Complaints:
@@ -120,6 +124,10 @@ class _Log(logging.Handler):
             unexpected_logs.add(said)
 
 
+# CPython's table of interned strings doubles at once, by a MB, when enough of them have come and gone, which takes
+# some ten thousand requests: let it be now.
+_interned = [sys.intern(f"soak {number}") for number in range(50_000)]
+del _interned
 # Tracebacks are shown without the lines of code: else, each time that another module comes up in one, Python keeps its
 # source.
 vars(linecache).update(getlines=lambda *_: [], lazycache=lambda *_: False)
