@@ -631,8 +631,8 @@ class _Stream:
         # Binding is written out here, for the two kinds of registry that are worth it: calling
         # bind() and unbind() would double the cost of a chunk. And "for" resumes a generator of
         # the application faster than next().
-        if self._first is not _NOTHING:
-            first, self._first = self._first, _NOTHING
+        first, self._first = self._first, _NOTHING
+        if first is not _NOTHING and not self._closed:
             yield first
         if self._closed:
             return

@@ -1176,6 +1176,31 @@ def test_a_session_scope_that_a_body_leaves_in_its_close_is_the_innermost_one_th
     assert not is_in_a_scope()
 
 
+@pytest.mark.parametrize("registry", REGISTRIES)
+@pytest.mark.parametrize("started", [True, False], ids=["a generator", "a generator application"])
+def test_a_body_that_was_closed_has_no_chunk(registry: str, started: bool) -> None:
+    session = make_session(registry, sessionmaker())
+    asked: list[str] = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", PLAIN)
+        asked.append("first")
+        yield b"first"
+        asked.append("second")
+        yield b"second"
+
+    def start(environ: Any, start_response: Any) -> Any:
+        body = app(environ, lambda *_: None)
+        start_response("200 OK", PLAIN)
+        return body
+
+    exchange = Exchange(handle(start if started else app, session))
+    exchange.close()
+    assert list(exchange.body) == []
+    assert asked == ([] if started else ["first"])
+    assert not is_in_a_scope()
+
+
 def test_callbacks_of_a_body_whose_commit_fails_run_before_the_server_learns_of_it() -> None:
     called: list[str] = []
     session = contextual_session(sessionmaker())
