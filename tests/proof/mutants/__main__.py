@@ -4,8 +4,10 @@
 
     python -m tests.proof.mutants                  # all modules
     python -m tests.proof.mutants _scope paste     # these alone
+    python -m tests.proof.mutants --again          # what survived the last time, after tests were added
 
-``tox -e mutants`` does the first.  It takes more than an hour, on as many processes as there are processors.
+``tox -e mutants`` does the first.  It takes more than an hour, on as many processes as there are processors.  The last
+needs ``$PROOF_REPORT``, and modules that are what they were then.
 
 Everything happens in copies of the checkout.  First the tests run there once, and are measured: how long each takes,
 and which lines it runs.  Then, for each mutant, the tests that run the changed line are run until one fails: first
@@ -15,13 +17,15 @@ more than ``SECONDS_OF_A_TEST`` has noticed, too.
 What survives is tried with SQLAlchemy 1.4 as well, if ``$MUTANTS_SQLALCHEMY_14`` names a folder that has it.
 
 What survives has to be explained in ``survivors.rst``.  Exit status 1: fewer than ``ENOUGH`` of all were noticed, or a
-survivor is not explained.  Where ``$PROOF_REPORT`` names a folder, the figures are written to ``mutants.json`` there.
+survivor is not explained.  Where ``$PROOF_REPORT`` names a folder, the figures are written to ``mutants.json`` there, and
+what became of each mutant to ``each_mutant.json``.
 """
 
 from __future__ import annotations
 
 import ast
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -74,6 +78,7 @@ IMPORTED = (
 SURVIVORS = Path(__file__).with_name("survivors.rst")
 CHECKOUT = Path(__file__).parents[3]
 PACKAGE = "sa_wsgi_session"
+EACH_MUTANT = "each_mutant.json"
 
 _T = TypeVar("_T")
 
@@ -373,7 +378,8 @@ def run(mutants: Sequence[Mutant], folder: Path, packages: str | None) -> Result
     return results
 
 
-def main(modules: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    again, modules = "--again" in arguments, [it for it in arguments if it != "--again"]
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
         original = folder / "original"
@@ -386,11 +392,38 @@ def main(modules: Sequence[str]) -> int:
         paths = [original / PACKAGE / f"{module}.py" for module in modules] or sorted((original / PACKAGE).glob("*.py"))
         mutants = [mutant._replace(path=mutant.path.relative_to(original)) for it in paths for mutant in mutants_of(it)]
         print(f"{len(mutants)} mutants", flush=True)
-        results = run(mutants, folder, None)
-        if packages := os.environ.get("MUTANTS_SQLALCHEMY_14"):
-            left = [mutant for mutant in mutants if results[key_of(mutant)][0] == "survived"]
-            results |= run(left, folder, packages)
+        results = earlier_results() if again else {}
+        results = {key: results[key] for mutant in mutants if (key := key_of(mutant)) in results}
+        for packages in [None, *filter(None, [os.environ.get("MUTANTS_SQLALCHEMY_14")])]:
+            if left := [it for it in mutants if results.get(key_of(it), ("survived",))[0] == "survived"]:
+                results |= run(left, folder, packages)
+    keep(results)
     return report(results, complete=not modules)
+
+
+def earlier_results() -> Results:
+    """What :func:`keep` has kept, of the modules that are the same as they were."""
+    path = Path(os.environ["PROOF_REPORT"], EACH_MUTANT)
+    if not path.exists():
+        sys.exit(f"--again: there is no {path}; run without it first")
+    digests, mutants = json.loads(path.read_text())
+    return {
+        (module, where, change): (outcome, test)
+        for module, where, change, outcome, test in mutants
+        if digests[module] == digest(module)
+    }
+
+
+def keep(results: Results) -> None:
+    if folder := os.environ.get("PROOF_REPORT"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        digests = {module: digest(module) for module, *_ in results}
+        each = [[*key, *outcome] for key, outcome in results.items()]
+        Path(folder, EACH_MUTANT).write_text(json.dumps([digests, each], indent=1) + "\n")
+
+
+def digest(module: str) -> str:
+    return hashlib.sha256((CHECKOUT / PACKAGE / module).read_bytes()).hexdigest()
 
 
 def report(results: Results, *, complete: bool) -> int:
@@ -407,7 +440,6 @@ def report(results: Results, *, complete: bool) -> int:
         print(f"{module:20}", *(f"{counts[column]:9}" for column in columns))
     if "PROOF_REPORT" in os.environ:
         path = Path(os.environ["PROOF_REPORT"], "mutants.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
         by_module = {module: {column: counts[column] for column in columns} for module, counts in figures.items()}
         path.write_text(json.dumps(by_module, indent=2) + "\n")
     unexplained = [key for key, (outcome, _) in results.items() if outcome == "survived" and key not in reasons]
