@@ -17,8 +17,8 @@ more than ``SECONDS_OF_A_TEST`` has noticed, too.
 What survives is tried with SQLAlchemy 1.4 as well, if ``$MUTANTS_SQLALCHEMY_14`` names a folder that has it.
 
 What survives has to be explained in ``survivors.rst``.  Exit status 1: fewer than ``ENOUGH`` of all were noticed, or a
-survivor is not explained.  Where ``$PROOF_REPORT`` names a folder, the figures are written to ``mutants.json`` there, and
-what became of each mutant to ``each_mutant.json``.
+survivor is not explained.  Where ``$PROOF_REPORT`` names a folder, the figures are written to ``mutants.json`` there,
+and what became of each mutant to ``each_mutant.json``.
 """
 
 from __future__ import annotations
