@@ -221,6 +221,11 @@ def make_ours_with_policy(database: Database) -> Application:
     return SessionMiddleware(plain(Session), Session, retry=POLICY)
 
 
+def make_ours_observed(database: Database) -> Application:
+    Session = scoped_session(sessionmaker(database.engine()))
+    return SessionMiddleware(plain(Session), Session, observer=lambda unit: None, server_timing=True)
+
+
 def make_repoze(database: Database) -> Application:
     from repoze.tm import TM, default_commit_veto
     from zope.sqlalchemy import register
@@ -519,6 +524,14 @@ CONTENDERS = [
     Contender("sa_wsgi_session", "WSGI", make_ours, _OURS, without=_NO_REPLAY, ours=True),
     Contender("sa_wsgi_session, contextual", "WSGI", make_ours_contextual, _OURS, without=_NO_REPLAY, ours=True),
     Contender("sa_wsgi_session, retry", "WSGI", make_ours_with_policy, _POLICY, ours=True),
+    Contender(
+        "sa_wsgi_session, observed",
+        "WSGI",
+        make_ours_observed,
+        f"{_OURS}; tells an observer, and Server-Timing",
+        without=_NO_REPLAY,
+        ours=True,
+    ),
     Contender(
         "repoze.tm2",
         "WSGI",

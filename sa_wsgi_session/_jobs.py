@@ -12,13 +12,16 @@ from ._errors import NoActiveScope, callable_name, shown, type_name
 from ._retry import RetryPolicy, Trial, check_retry
 from ._scope import SessionScope, State
 from ._watching import listen
+from .observers import check_observer
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from sqlalchemy.orm import Session
 
-    from ._binding import SessionSource
+    from ._binding import Binder, SessionSource
+    from ._sight import Sight, Watcher
+    from .observers import Observer
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -50,24 +53,34 @@ class session_scope:
 
         Outside of one, all three begin a unit of work.
 
-    :raises TypeError: if *session* is neither.
+    :param name: what the unit of work is called, in the log and by *observer*.
+    :param observer: is called with a :class:`~sa_wsgi_session.observers.FinishedUnit` when the unit of work has ended.
+        What joins another one, or is ``"nested"`` in it, belongs to that one.
+    :raises TypeError: if *session* is neither; if *name* or *observer* is of the wrong type.
     :raises ValueError: if *propagation* is none of the three.
     :raises RollbackOnlyError: at the end of the block, if it can only be rolled back.
 
     The commit does not expire objects: what the block has loaded can be read after it.
     """
 
-    __slots__ = ("_binder", "_name", "_propagation", "_scope", "_session", "_trial", "_within")
+    __slots__ = ("_binder", "_name", "_propagation", "_scope", "_session", "_sight", "_trial", "_watcher", "_within")
 
     def __init__(
         self,
         session: SessionSource,
         *,
         propagation: Literal["required", "nested", "requires_new"] = "required",
+        name: str = "session_scope()",
+        observer: Observer | None = None,
     ) -> None:
         self._binder = binder_of(session)
         self._propagation = check_propagation(propagation)
-        self._name = "session_scope()"
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, not an object of type {type_name(name)}")
+        self._name = name
+        self._watcher = _watcher(self._binder, observer)
+        #: What is seen of the block, if somebody wants to be told of it.
+        self._sight: Sight | None = None
         #: Which attempt at the block this is, if there may be several.
         self._trial: Trial | None = None
         self._scope: SessionScope | None = None
@@ -88,7 +101,9 @@ class session_scope:
         if around is not None and self._propagation == "nested":
             scope = SessionScope(binder, self._name, within=around._root)
         else:
-            scope = SessionScope(binder, self._name)
+            if self._watcher is not None:
+                self._sight = self._watcher.job()
+            scope = (SessionScope if self._sight is None else self._sight.scope)(binder, self._name)
             if self._trial is not None:
                 scope._try(self._trial)
             listen(binder, trials=self._trial is not None)
@@ -99,6 +114,7 @@ class session_scope:
             session = scope.session
         except BaseException as error:
             scope._end_after_error(error)
+            self._tell()
             raise
         self._scope = scope
         return session
@@ -117,10 +133,19 @@ class session_scope:
         assert scope is not None
         if not scope._is_bound:
             scope.bind()  # a generator's block, which outlives the unit around it
-        if error is None:
-            scope._end()
-        else:
-            scope._end_after_error(error)
+        try:
+            if error is None:
+                scope._end()
+            else:
+                scope._end_after_error(error)
+        finally:
+            self._tell()
+
+    def _tell(self) -> None:
+        """The unit of work of this block, if it is one of its own, has ended."""
+        if self._watcher is not None and self._sight is not None:
+            self._sight.finish()
+            self._sight = None
 
     def _leave(self, within: SessionScope, error: BaseException | None) -> None:
         """Leave a unit that this block has joined; others end it, or have done so."""
@@ -146,6 +171,7 @@ def with_session(
     argument: str = "session",
     propagation: Literal["required", "nested", "requires_new"] = "required",
     retry: RetryPolicy | None = None,
+    observer: Observer | None = None,
 ) -> Callable[[Callable[_P, _R]], Callable[..., _R]]:
     """Run the decorated function in a :class:`session_scope` and pass it the session.
 
@@ -163,6 +189,7 @@ def with_session(
     :param retry: how the function is replayed, with the same arguments, when it has lost a race for the database;
         ``None``: it is not.  Within an active unit of work it is not either, unless *propagation* is
         ``"requires_new"``: the whole of that has to be replayed.
+    :param observer: as for :class:`session_scope`.
     :raises TypeError: at once, if *session* is neither a ``scoped_session`` nor a
         ``sessionmaker``, if the function does not take the argument, or if calling it only makes
         a coroutine or a generator, whose body would run when the unit of work is over.
@@ -172,6 +199,7 @@ def with_session(
     binder = binder_of(session)
     check_propagation(propagation)
     listen(binder, trials=check_retry(retry) is not None)
+    watcher = _watcher(binder, observer)
     if not isinstance(argument, str):
         raise TypeError(f"argument must be a str, not an object of type {type_name(argument)}")
     if not argument.isidentifier():
@@ -179,31 +207,52 @@ def with_session(
 
     def decorate(function: Callable[_P, _R]) -> Callable[..., _R]:
         _check_function(function, argument)
+        name = callable_name(function)
 
         @wraps(function)
         def in_scope(*args: Any, **kwargs: Any) -> _R:
-            if retry is None or (propagation != "requires_new" and innermost(binder.key) is not None):
-                return attempt(None, args, kwargs)
+            if watcher is None or is_part():
+                return in_attempts(None, args, kwargs)
+            sight = watcher.job()
+            try:
+                return in_attempts(sight, args, kwargs)
+            finally:
+                sight.finish()
+
+        def in_attempts(sight: Sight | None, args: Any, kwargs: Any) -> _R:
+            if retry is None or is_part():
+                return attempt(None, sight, args, kwargs)
             trial = Trial(retry)
             while True:
                 try:
-                    return attempt(trial, args, kwargs)
+                    return attempt(trial, sight, args, kwargs)
                 except Exception:
                     if not trial.again:
                         raise
                 # Out here: what comes up in the next attempt does not come of this exception.
                 trial = trial.next()
 
-        def attempt(trial: Trial | None, args: Any, kwargs: Any) -> _R:
-            unit = session_scope(session, propagation=propagation)
-            unit._name = callable_name(function)
-            unit._trial = trial
+        def is_part() -> bool:
+            return propagation != "requires_new" and innermost(binder.key) is not None
+
+        def attempt(trial: Trial | None, sight: Sight | None, args: Any, kwargs: Any) -> _R:
+            unit = session_scope(session, propagation=propagation, name=name)
+            unit._trial, unit._sight = trial, sight
             with unit as given:
                 return function(*args, **kwargs, **{argument: given})  # type: ignore[arg-type]
 
         return in_scope
 
     return decorate
+
+
+def _watcher(binder: Binder, observer: Observer | None) -> Watcher | None:
+    check_observer(observer)
+    if observer is None:
+        return None
+    from ._sight import Watcher
+
+    return Watcher(binder, observer)
 
 
 def check_propagation(value: object) -> str:

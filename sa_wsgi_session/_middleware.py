@@ -3,7 +3,7 @@
 One request, from above (``SessionMiddleware._attempt``)::
 
     bind ─▶ call the app ─▶ decide by the status ─▶ settle ─▶ unbind ─▶ callbacks ─▶ forward the
-    status to the server ─▶ hand on the body: as it is, or as a ``_Stream``
+    status to the server ─▶ hand on the body: as it is, or as a ``Stream``
 
 and for a streamed body, around every chunk: bind ─▶ next ─▶ unbind.
 
@@ -36,9 +36,10 @@ from ._binding import (
     unwind,
 )
 from ._errors import type_name, warn_of_error, why_unusable
-from ._retry import LostRace, RetryPolicy, Trial, check_retry
+from ._retry import LostRace, RetryPolicy, Trial, check_number, check_retry
 from ._scope import SessionScope, State, check_commit_at
 from ._watching import listen
+from .observers import check_observer
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
     from ._binding import SessionSource
+    from ._sight import Sight, Watcher
+    from .observers import Observer
 
     Environ: TypeAlias = "dict[str, Any]"
     Headers: TypeAlias = "list[tuple[str, str]]"
@@ -62,6 +65,12 @@ def default_commit_veto(environ: Environ, status: str, headers: Headers) -> bool
     :return: true (do not commit) unless *status* is 1xx, 2xx or 3xx.
     """
     return not status.startswith(("1", "2", "3"))
+
+
+def check_warn_after(value: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where *value* is neither a number of seconds nor ``None``."""
+    if value is not None:
+        check_number("warn_after", value, "a number of seconds, 0 or more, or None")
 
 
 class SessionMiddleware:
@@ -85,6 +94,14 @@ class SessionMiddleware:
     :param activate_hook: called as ``activate_hook(environ)``; false means: the request passes
         untouched.
     :param retry: how a request is replayed that has lost a race for the database; ``None``: it is not.
+    :param observer: is called with a :class:`~sa_wsgi_session.observers.FinishedUnit` for each request that has ended.
+    :param server_timing: whether responses have a ``Server-Timing`` header, which the developer tools of browsers show:
+        for how long the database was busy until the response began, with how many statements, with the commit, and
+        how many attempts it took.  Or a callable that is asked ``server_timing(environ)``: what it tells is nobody
+        else's business.
+    :param warn_after: log a ``WARNING``, once for each place in the code, where a streamed body keeps a connection for
+        longer than so many seconds; where the session is used outside of the requests, on a thread that serves them;
+        and where a body is dropped without a call to its ``close``.  ``None``: do not.
     :param environ_key: the prefix of the two keys in the environ: ``<environ_key>.scope`` holds
         the :class:`SessionScope`, ``<environ_key>.session`` the scoped session.
     :raises TypeError: if an argument is of the wrong type.
@@ -101,10 +118,13 @@ class SessionMiddleware:
         "_commit_at",
         "_commit_veto",
         "_is_listening",
+        "_is_plain",
         "_keep_body",
         "_retry",
         "_scope_key",
         "_session_key",
+        "_stream",
+        "_watcher",
         "session",
     )
 
@@ -120,6 +140,9 @@ class SessionMiddleware:
         commit_at: str = "start",
         activate_hook: ActivateHook | None = None,
         retry: RetryPolicy | None = None,
+        observer: Observer | None = None,
+        server_timing: bool | Callable[[Environ], object] = False,
+        warn_after: float | None = None,
         environ_key: str = "sa_wsgi_session",
     ) -> None:
         if not callable(app):
@@ -167,6 +190,18 @@ class SessionMiddleware:
             from ._request_body import RequestBody
 
             self._keep_body = RequestBody
+        check_observer(observer)
+        unusable = why_unusable(server_timing)
+        if not isinstance(server_timing, bool) and unusable:
+            raise TypeError(f"server_timing must be True, False or a callable that takes the environ, not {unusable}")
+        check_warn_after(warn_after)
+        self._watcher: Watcher | None = None
+        if observer is not None or server_timing is not False or warn_after is not None:
+            from ._sight import ObservedStream, Watcher
+
+            self._watcher = Watcher(self._binder, observer, server_timing, warn_after)
+            self._stream: type[Stream] = ObservedStream
+        self._is_plain = retry is None and self._watcher is None
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         if self._activate_hook is not None and not self._activate_hook(environ):
@@ -174,9 +209,11 @@ class SessionMiddleware:
         outer = environ.get(self._scope_key)
         if outer is not None and self._is_running(outer):
             return self._join(outer, environ, start_response)
-        if self._retry is not None:
-            return self._replay(environ, start_response, self._retry)
-        return self._attempt(environ, start_response)
+        if self._is_plain:
+            return self._attempt(environ, start_response)
+        if self._watcher is not None:
+            return self._observe(environ, start_response, self._watcher)
+        return self._replay(environ, start_response)
 
     def _is_running(self, outer: object) -> bool:
         return isinstance(outer, SessionScope) and outer.binder.key is self._binder.key and is_here(outer)
@@ -200,8 +237,24 @@ class SessionMiddleware:
             # The innermost: a SAVEPOINT within it, perhaps.
             cast(SessionScope, innermost(self._binder.key))._spoil(error, "a part that had joined it has failed")
 
-    def _replay(self, environ: Environ, start_response: StartResponse, policy: RetryPolicy) -> Iterable[bytes]:
-        """Attempts at the request, as long as they lose races and the policy allows another one."""
+    def _observe(self, environ: Environ, start_response: StartResponse, watcher: Watcher) -> Iterable[bytes]:
+        """See what becomes of the request."""
+        sight, start_response = watcher.request(environ, start_response)
+        try:
+            body = self._replay(environ, start_response, sight)
+        except BaseException as error:
+            sight.failed(error)
+            sight.finish()
+            raise
+        if not isinstance(body, Stream):
+            sight.finish()
+        return body
+
+    def _replay(self, environ: Environ, start_response: StartResponse, sight: Sight | None = None) -> Iterable[bytes]:
+        """Attempts at the request, as long as they lose races and the policy, if there is one, allows another one."""
+        policy = self._retry
+        if policy is None:
+            return self._attempt(environ, start_response, None, sight)
         if not self._is_listening:
             # The session was bound since, perhaps.
             self._is_listening = listen(self._binder, trials=True)
@@ -213,7 +266,7 @@ class SessionMiddleware:
         as_it_was = environ.copy()
         while True:
             try:
-                return self._attempt(environ, start_response, trial)
+                return self._attempt(environ, start_response, trial, sight)
             except Exception:
                 # Once more, because code of the application has run since: the close() of its body.
                 if not (trial.again and trial.rewind()):
@@ -223,9 +276,15 @@ class SessionMiddleware:
             environ.clear()
             environ.update(as_it_was)
 
-    def _attempt(self, environ: Environ, start_response: StartResponse, trial: Trial | None = None) -> Iterable[bytes]:
+    def _attempt(
+        self,
+        environ: Environ,
+        start_response: StartResponse,
+        trial: Trial | None = None,
+        sight: Sight | None = None,
+    ) -> Iterable[bytes]:
         binder = self._binder
-        scope = SessionScope(
+        scope = (SessionScope if sight is None else sight.scope)(
             binder,
             (environ.get("REQUEST_METHOD", "?"), environ.get("PATH_INFO", "")),
             commit_at=self._commit_at,
@@ -239,7 +298,7 @@ class SessionMiddleware:
         response = _Response(scope, self._commit_veto, environ, start_response)
         made_file = _find_file_wrapper(environ)
         body: Any = None
-        stream: _Stream | None = None
+        stream: Stream | None = None
         binder.enter(scope)
         try:
             body = self._app(environ, response.start)
@@ -248,7 +307,7 @@ class SessionMiddleware:
                     for chunk in body:
                         _check_chunk(chunk)
             elif made_file is None or not made_file(body):
-                stream = _Stream(scope, body)
+                stream = (Stream if sight is None else self._stream)(scope, body)
                 if response.status is None:
                     # A generator application calls start_response on its first next().
                     stream.pull()
@@ -578,7 +637,7 @@ class _JoinedBody:
             raise
 
 
-class _Stream:
+class Stream:
     """A body that is streamed: binds the scope around every ``next`` and around ``close``."""
 
     __slots__ = (

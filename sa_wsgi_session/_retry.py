@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ._binding import frames_around
 from ._errors import log, shown, type_name, warn_of_error, why_unusable
-from ._transient import Conflict, classify
+from ._transient import Conflict, classify, leaves_unknown
 from ._watching import is_open
 
 if TYPE_CHECKING:
@@ -61,12 +61,12 @@ class RetryPolicy:
     is_transient: Callable[[BaseException], object] | None = None
 
     def __post_init__(self) -> None:
-        _check_number("attempts", self.attempts, "a whole number, 1 or more", whole=True, least=1)
-        _check_number("delay", self.delay, "a number of seconds, 0 or more")
-        _check_number("max_delay", self.max_delay, "a number of seconds, 0 or more")
+        check_number("attempts", self.attempts, "a whole number, 1 or more", whole=True, least=1)
+        check_number("delay", self.delay, "a number of seconds, 0 or more")
+        check_number("max_delay", self.max_delay, "a number of seconds, 0 or more")
         if self.deadline is not None:
-            _check_number("deadline", self.deadline, "a number of seconds, 0 or more, or None")
-        _check_number("max_body", self.max_body, "a whole number of bytes, 0 or more", whole=True)
+            check_number("deadline", self.deadline, "a number of seconds, 0 or more, or None")
+        check_number("max_body", self.max_body, "a whole number of bytes, 0 or more", whole=True)
         unusable = why_unusable(self.is_transient)
         if self.is_transient is not None and unusable:
             raise TypeError(f"is_transient must be a callable that takes an exception, or None, not {unusable}")
@@ -82,7 +82,7 @@ class RetryPolicy:
         return conflict
 
 
-def _check_number(name: str, value: object, accepted: str, *, whole: bool = False, least: int = 0) -> None:
+def check_number(name: str, value: object, accepted: str, *, whole: bool = False, least: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise TypeError(f"{name} must be {accepted}, not an object of type {type_name(value)}")
     if not (least <= value and (whole or value <= sys.float_info.max)):
@@ -166,12 +166,8 @@ class Trial:
             return
         if error is None:
             self._committed = True
-            return
-        conflict = classify(error)
-        # The COMMIT of a loser is refused, and so is that of what breaks a constraint.  Of any other error, a lost
-        # connection in the first place, nobody knows when it came.
-        if conflict is None or conflict.unknown:
-            self._unknown |= all(cls.__name__ != "IntegrityError" for cls in type(error).__mro__)
+        else:
+            self._unknown |= leaves_unknown(error)
 
     def has_changed(self, pooled: object) -> bool:
         """Whether it has changed something on that connection of the pool."""

@@ -100,6 +100,16 @@ def classify(error: BaseException) -> Conflict | None:
     return conflict
 
 
+def leaves_unknown(error: BaseException) -> bool:
+    """Whether nobody knows what has come of the ``COMMIT`` that has raised *error*."""
+    conflict = classify(error)
+    # The COMMIT of a loser is refused, and so is that of what breaks a constraint.  Of any other error, a lost
+    # connection in the first place, nobody knows when it came.
+    return (conflict is None or conflict.unknown) and all(
+        cls.__name__ != "IntegrityError" for cls in type(error).__mro__
+    )
+
+
 def _of_driver(error: object) -> Conflict | None:
     packages = {str(cls.__module__).partition(".")[0] for cls in type(error).__mro__}
     tables = [table for package, table in _DRIVERS.items() if package in packages]

@@ -191,18 +191,23 @@ def listen(binder: Binder, *, trials: bool = False) -> bool:
 
     To be called as early as may be: SQLAlchemy cannot add a listener while another thread is calling those that it has.
     """
-    session_class = _session_class(binder.factory)
+    session_class = session_class_of(binder.factory)
     _TO_SESSION.register(session_class)
     if trials:
         _prepare_for_policies()
         _TO_SESSION_ON_TRIAL.register(session_class)
-    options = getattr(binder.factory, "kw", None)
-    if not isinstance(options, dict):
-        return False
-    binds = [bind for bind in (options.get("bind"), *(options.get("binds") or {}).values()) if bind is not None]
+    binds = binds_of(binder.factory)
     for bind in binds:
         _listen_to_connections(bind, trials)
     return bool(binds)
+
+
+def binds_of(factory: object) -> list[Engine | Connection]:
+    """What the sessions of *factory* are known to be bound to."""
+    options = getattr(factory, "kw", None)
+    if not isinstance(options, dict):
+        return []
+    return [bind for bind in (options.get("bind"), *(options.get("binds") or {}).values()) if bind is not None]
 
 
 def _listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
@@ -221,7 +226,7 @@ _there_are_policies = False
 def _prepare_for_policies() -> None:
     """From now on there may be attempts: have them told of each COMMIT."""
     global _there_are_policies
-    with _lock:
+    with lock:
         if _there_are_policies:
             return
         _there_are_policies = True
@@ -238,7 +243,7 @@ def _tell_of_commits(dialect: Any) -> None:
 _Functions = dict[str, Callable[..., None]]
 
 
-class _Listeners:
+class Listeners:
     """Listeners that are registered together, and once for each target."""
 
     def __init__(self, listeners: _Functions, *, insert: bool = False) -> None:
@@ -255,7 +260,7 @@ class _Listeners:
         """Register them; false if they were before."""
         if target in self._targets:
             return False
-        with _lock:
+        with lock:
             if target in self._targets:
                 return False
             for name, listener in self._listeners.items():
@@ -265,10 +270,10 @@ class _Listeners:
 
 
 # Reentrant: the garbage collector may close a dropped body in the middle, whose application uses a session.
-_lock = RLock()
+lock = RLock()
 
 
-def _session_class(factory: Any) -> type[Session]:
+def session_class_of(factory: Any) -> type[Session]:
     """The class whose instances *factory* makes; ``Session`` itself where that can't be told."""
     while isinstance(factory, partial):
         factory = factory.func
@@ -279,7 +284,7 @@ def _session_class(factory: Any) -> type[Session]:
     return Session
 
 
-def _unit_of(session: Session) -> Watched | None:
+def unit_of(session: Session) -> Watched | None:
     """The unit bound here whose session this is; none for a session that is not ours."""
     frame = here.get()
     while frame is not None:
@@ -293,7 +298,7 @@ def _unit_of(session: Session) -> Watched | None:
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     if transaction.nested:
         return
-    unit = _unit_of(session)
+    unit = unit_of(session)
     watching = unit is not None and unit.watching
     if unit is not None:
         # More than one where a session has several binds.
@@ -442,7 +447,7 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
     if transaction.nested:
         return  # to a SAVEPOINT, which deals with what it was for
     error = sys.exc_info()[1]
-    frame = here.get() if error is not None and _unit_of(session) is not None else None
+    frame = here.get() if error is not None and unit_of(session) is not None else None
     while frame is not None:
         if frame.unit is not None and frame.unit.trial is not None:
             frame.unit._meets(error, session)
@@ -452,7 +457,7 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
 _IS_EVENT_OF_DIALECT = not sqlalchemy_version.startswith("1.")
 _ERRORS: _Functions = {"handle_error": _handle_error}
 
-_TO_SESSION = _Listeners(
+_TO_SESSION = Listeners(
     {
         "after_begin": _after_begin,
         "before_commit": _before_commit,
@@ -467,10 +472,10 @@ _STATEMENTS: _Functions = {
     "do_executemany": _do_execute,
     "do_execute_no_params": _do_execute,
 }
-_TO_DIALECT = _Listeners(_STATEMENTS | _ERRORS if _IS_EVENT_OF_DIALECT else _STATEMENTS)
+_TO_DIALECT = Listeners(_STATEMENTS | _ERRORS if _IS_EVENT_OF_DIALECT else _STATEMENTS)
 # For attempts that may be replayed, in addition.
-_TO_SESSION_ON_TRIAL = _Listeners({"after_soft_rollback": _after_soft_rollback})
-_TO_ENGINE_ON_TRIAL = _Listeners({} if _IS_EVENT_OF_DIALECT else _ERRORS)
+_TO_SESSION_ON_TRIAL = Listeners({"after_soft_rollback": _after_soft_rollback})
+_TO_ENGINE_ON_TRIAL = Listeners({} if _IS_EVENT_OF_DIALECT else _ERRORS)
 
 
 def is_open(session: Session, savepoint: SessionTransaction) -> bool:

@@ -39,6 +39,12 @@ The keys of the section.  One of ``session`` and ``sqlalchemy.url`` is needed:
 ``retry.*``
     The parameters of a :class:`~sa_wsgi_session.RetryPolicy`, as in ``retry.attempts = 5``; any one of them asks for
     replays.  They are numbers, but ``retry.deadline`` may be ``none``, and ``retry.is_transient`` is a dotted name.
+``observer``
+    The dotted name of a callable that takes a :class:`~sa_wsgi_session.observers.FinishedUnit`.
+``server_timing``
+    ``true`` or ``false``; or the dotted name of a callable that takes ``environ``.
+``warn_after``
+    A number of seconds; or ``none``.
 
 All but the first three are what :class:`~sa_wsgi_session.SessionMiddleware` makes of them.  A dotted name is
 ``package.module:name`` or ``package.module.name``.  Code that calls these functions itself may give the objects instead
@@ -76,7 +82,7 @@ from sqlalchemy.util import asbool
 
 from ._binding import as_scoped_session, contextual_session
 from ._errors import type_name, why_unusable
-from ._middleware import SessionMiddleware
+from ._middleware import SessionMiddleware, check_warn_after
 from ._retry import RetryPolicy
 from ._scope import COMMIT_AT
 
@@ -295,6 +301,19 @@ def _read_limit(section: _Section, key: str, value: Any) -> Any:
     return found
 
 
+def _read_timing(section: _Section, key: str, value: Any) -> Any:
+    found, error = _try(asbool, value)
+    return _read_hook(section, key, value) if error is not None else found
+
+
+def _read_seconds(section: _Section, key: str, value: Any) -> Any:
+    found = _read_text(_number, section, key, value, "it cannot be read")
+    error = _try(check_warn_after, found)[1]
+    if error is not None:
+        section.refuse(key, "nobody can wait for that", cause=error)
+    return found
+
+
 def _number(text: str) -> float | None:
     if text.strip().lower() == "none":
         return None
@@ -362,6 +381,13 @@ _KEYS = {
     "retry.is_transient": _Key(
         _read_hook, "the dotted name of a callable that takes an exception, such as package.module:is_transient"
     ),
+    "observer": _Key(
+        _read_hook, "the dotted name of a callable that takes a FinishedUnit, such as package.module:observer"
+    ),
+    "server_timing": _Key(
+        _read_timing, "true, false, or the dotted name of a callable that takes environ, such as package.module:asks"
+    ),
+    "warn_after": _Key(_read_seconds, "a number of seconds, 0 or more, or none"),
 }
 
 #: Of PEP 249, and one of SQLAlchemy's own.

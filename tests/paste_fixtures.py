@@ -30,6 +30,9 @@ FACTORIES = (Scoped.session_factory, Other.session_factory, Maker, sa_wsgi_sessi
 
 number = 42
 
+#: What an observer has been told.
+seen: list[Any] = []
+
 
 class Contention(Exception):
     """Another way to lose a race."""

@@ -334,6 +334,15 @@ class TestPage:
             browser.resize(width, 800)
             assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
 
+    def test_the_browser_knows_how_long_the_database_took(self, browser):
+        browser.open()
+        script = "return performance.getEntriesByType('navigation')[0].serverTiming.map((each) => each.toJSON())"
+        database, commit, attempts = browser.driver.execute_script(script)
+        assert (database["name"], commit["name"], attempts["name"]) == ("db", "commit", "attempts")
+        assert int(database["description"].removeprefix("statements: ")) >= 1
+        assert database["duration"] > commit["duration"] > 0
+        assert attempts["description"] == "1"
+
     def test_nothing_comes_from_elsewhere_and_nothing_is_complained_of(self, browser):
         browser.driver.get_log("browser")  # what others have left there
         browser.open()

@@ -617,6 +617,33 @@ def test_the_keys_of_the_policy_ask_for_replays(folder):
     assert given_as_objects._retry == RetryPolicy(deadline=3)
 
 
+def test_the_keys_of_what_is_to_be_seen(folder):
+    paste_fixtures.seen.clear()
+    app = folder.serve(
+        paste_fixtures.make_bystander({}),
+        "session = tests.paste_fixtures:Scoped",
+        "observer = tests.paste_fixtures:seen.append",
+        "server_timing = tests.paste_fixtures:is_not_static",
+        "warn_after = 2.5",
+    )
+    assert "Server-Timing" in dict(request(app, "/one").headers)
+    assert "Server-Timing" not in dict(request(app, "/static/logo.png").headers)
+    assert [unit.path for unit in paste_fixtures.seen] == ["/one", "/static/logo.png"]
+    assert app._watcher.warn_after == 2.5
+
+    app = folder.serve(
+        paste_fixtures.make_bystander({}), "session = tests.paste_fixtures:Scoped", "server_timing = yes"
+    )
+    assert "Server-Timing" in dict(request(app, "/two").headers)
+    app = folder.serve(
+        paste_fixtures.make_bystander({}),
+        "session = tests.paste_fixtures:Scoped",
+        "server_timing = false",
+        "warn_after = none",
+    )
+    assert app._watcher is None
+
+
 def test_two_databases_have_two_environ_keys(folder):
     for name in "left", "right":
         folder.database(name)
@@ -710,7 +737,8 @@ def refusal(load: Callable[[], Any], *words: str) -> str:
 SCOPED = "session = tests.paste_fixtures:Scoped"
 URL_LINE = "sqlalchemy.url = postgresql+psycopg2://me:s3cret@localhost/notes"
 POLICY = "retry.attempts, retry.delay, retry.max_delay, retry.deadline, retry.max_body, retry.is_transient"
-KEYS = f"session, commit_veto, commit_at, activate_hook, environ_key, {POLICY}, sqlalchemy.url"
+SIGHT = "observer, server_timing, warn_after"
+KEYS = f"session, commit_veto, commit_at, activate_hook, environ_key, {POLICY}, {SIGHT}, sqlalchemy.url"
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
     # Keys
@@ -746,6 +774,16 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         [SCOPED, "retry.is_transient = builtins:ValueError"],
         ["retry.is_transient = 'builtins:ValueError'", "the class builtins.ValueError", "dotted name"],
     ),
+    "an observer that is a class": (
+        [SCOPED, "observer = sa_wsgi_session.observers:PrometheusObserver"],
+        ["observer = ", "the class sa_wsgi_session.observers.PrometheusObserver", "dotted name", "FinishedUnit"],
+    ),
+    "a timing that is neither": (
+        [SCOPED, "server_timing = perhaps"],
+        ["server_timing = 'perhaps'", "cannot be resolved", "true, false, or the dotted name"],
+    ),
+    "a time that is none": ([SCOPED, "warn_after = 5 s"], ["warn_after = '5 s'", "cannot be read", "or none"]),
+    "a time in the past": ([SCOPED, "warn_after = -1"], ["warn_after = '-1'", "nobody can wait", "or none"]),
     "a misspelt prefix": (
         ["sqlachemy.url = postgresql://me:s3cret@localhost/notes"],
         ["sqlachemy.url = 'postgresql://me:***@localhost/notes'", "(is sqlalchemy.url meant?)", KEYS],
@@ -1218,7 +1256,7 @@ def test_every_key_is_documented(text):
     documented = {"retry.*" if key.startswith("retry.") else key for key in documented}
     assert documented == {
         "session", "sqlalchemy.url", "sqlalchemy.*", "commit_veto", "commit_at", "activate_hook", "environ_key",
-        "retry.*",
+        "retry.*", "observer", "server_timing", "warn_after",
     }  # fmt: skip
     accepted = refusal(lambda: filter_factory({}, fnord="23")).partition("accepted: ")[2]
     named = set(re.findall(r"[a-z_.*]+[a-z_*]", accepted)) - {"and", "other", "keys"}

@@ -1071,7 +1071,10 @@ def test_a_session_that_was_set_aside_comes_back_where_another_thread_has_closed
     session = scoped_session(sessionmaker())
     mine = session()
 
+    called: list[int] = []
+
     def close_in_thread(number: int) -> bytes:
+        called.append(number)
         assert session() is not mine
         run_in_thread(exchange.close)
         return b"too late"
@@ -1079,6 +1082,8 @@ def test_a_session_that_was_set_aside_comes_back_where_another_thread_has_closed
     exchange = Exchange(handle(respond(lambda: map(close_in_thread, range(2))), session))
     with pytest.raises(StopIteration):
         exchange.next()
+    # Nobody wants another chunk.
+    assert called == [0]
     assert session() is mine
     session.remove()
 
@@ -1090,7 +1095,7 @@ def test_a_body_may_take_its_context_along_to_another_thread(registry: str) -> N
     def view() -> Any:
         mine = session()
         while True:
-            yield str(session() is mine).encode()
+            yield str(session() is current_scope().session is mine).encode()
 
     context = contextvars.copy_context()
     exchange = context.run(Exchange, handle(respond(view), session))
@@ -1098,6 +1103,30 @@ def test_a_body_may_take_its_context_along_to_another_thread(registry: str) -> N
     assert run_in_thread(partial(context.run, exchange.next)) == b"True"
     assert [context.run(exchange.next) for _ in range(2)] == [b"True"] * 2
     context.run(exchange.close)
+
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+@pytest.mark.parametrize("read", [1, 2])
+def test_a_server_that_reads_on_after_it_has_closed_the_body_gets_nothing(registry: str, read: int) -> None:
+    """Also where the first chunk was pulled before the response could begin."""
+    called: list[int] = []
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        def chunk(number: int) -> bytes:
+            called.append(number)
+            if number == 0:
+                start_response("200 OK", PLAIN)
+            return b"chunk"
+
+        return map(chunk, range(9))
+
+    exchange = Exchange(handle(app, make_session(registry, sessionmaker())))
+    for _ in range(read):
+        exchange.next()
+    exchange.close()
+    with pytest.raises(StopIteration):
+        exchange.next()
+    assert called == list(range(read))
 
 
 @pytest.mark.parametrize("registry", ["thread-local", "contextual"])
@@ -2606,7 +2635,7 @@ def test_middlewares_that_are_made_at_the_same_time_listen_once(monkeypatch: pyt
 
     session = scoped_session(sessionmaker())
     before = listeners(session.session_factory)
-    monkeypatch.setattr("sa_wsgi_session._watching._lock", Meeting())
+    monkeypatch.setattr("sa_wsgi_session._watching.lock", Meeting())
     threads = [threading.Thread(target=SessionMiddleware, args=(respond(list), session)) for _ in range(2)]
     for thread in threads:
         thread.start()

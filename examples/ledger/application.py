@@ -21,8 +21,8 @@ class Ledger:
         self.engine = open_books(database)
         self.views = Application()
 
-        # The one line that this example is about:
-        application: WSGIApplication = SessionMiddleware(self.views, Session, retry=RetryPolicy())
+        # The one line that this example is about. (Anybody may see the timing here: the books are for show.)
+        application: WSGIApplication = SessionMiddleware(self.views, Session, retry=RetryPolicy(), server_timing=True)
 
         self.panel = Panel(ErrorPage(application), self.engine)
         self.application: WSGIApplication = SecurityHeaders(self.panel)

@@ -503,7 +503,7 @@ class Run:
             self._tell_of(error, "call")
             self.is_over = True
         else:
-            if type(self._body).__name__ == "_Stream" and not self._server.closes:
+            if type(self._body).__name__ == "Stream" and not self._server.closes:
                 self._stage.unclosed += 1
 
     def _next(self) -> None:
@@ -531,7 +531,7 @@ class Run:
             self._tell("closed")
 
     def _let_go(self) -> None:
-        stream = weakref.ref(self._body) if type(self._body).__name__ == "_Stream" else None
+        stream = weakref.ref(self._body) if type(self._body).__name__ == "Stream" else None
         # First: a failed flush, which the session keeps, may keep the body.
         self._environ.clear()
         self._iterator = self._body = None
