@@ -1080,6 +1080,18 @@ def test_a_nested_part_that_ends_the_whole_transaction_itself_is_taken_at_its_wo
     assert world.durable() == ["a: outer", "b: nested", "e: at last"]
 
 
+def test_a_nested_part_that_ends_only_its_own_savepoint_is_taken_at_its_word(world: World) -> None:
+    with session_scope(world.Session) as session:
+        with session_scope(world.Session, propagation="nested"):
+            write(session, "nested")
+            session.get_nested_transaction().commit()
+            # Of the block around it now.
+            session.begin_nested()
+            write(session, "after")
+        session.get_nested_transaction().rollback()
+    assert world.durable() == ["nested"]
+
+
 # -- the databases ----------------------------------------------------------------------------------------------------
 
 
