@@ -50,6 +50,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import coverage
 import pytest
 
+from tests.proof.mutants import databases
 from tests.proof.mutants.mutations import Mutant, changed_functions, first_line, mutants_of
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Tests:
         self._noticed: dict[tuple[Path, str], list[str]] = defaultdict(list)
         self._items: dict[str, pytest.Item] = {}
         self._functions: list[FunctionType] = []
-        self._servers: list[DatabaseServer] = []
+        self._servers: dict[str, DatabaseServer] = {}
         self._failed = ""
         self._mutants: list[Mutant] | None = None
         self._tell: Callable[[Mutant, str, str], None] = print
@@ -171,7 +172,8 @@ class Tests:
             for name in "run_postgresql", "run_mariadb":
                 server = stack.enter_context(getattr(conftest, name)())
                 setattr(conftest, name, partial(nullcontext, server))
-                self._servers.append(server)
+                self._servers[name] = server
+            databases.describe(self._servers, self._copy.with_name("databases"))
             yield
 
     def _notice(self, mutant: Mutant, changes: dict[CodeType, CodeType], tests: list[str]) -> tuple[str, str]:
@@ -191,9 +193,8 @@ class Tests:
     def _run_changed(self, changes: dict[CodeType, CodeType], items: list[pytest.Item]) -> str:
         for function in self._functions:
             function.__code__ = changes.get(function.__code__, function.__code__)
-        for server in self._servers:
-            # Another process may have been stopped before it had dropped its databases.
-            server._numbers = count(os.getpid() * 100_000)
+        for server in self._servers.values():
+            databases.use_databases_of_its_own(server)
         for item, following in zip(items, [*items[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self._failed:
@@ -201,7 +202,8 @@ class Tests:
         return self._failed
 
     def _run_anew(self, tests: list[str], limit: float) -> tuple[str, str]:
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={SECONDS_OF_A_TEST}"]
+        plugins = "-p", "no:cacheprovider", "-p", databases.__name__
+        options = ["-x", "-q", *plugins, "-o", f"faulthandler_timeout={SECONDS_OF_A_TEST}"]
         for some in filter(None, (tests[:FIRST], tests[FIRST:])):
             try:
                 run = subprocess.run(
