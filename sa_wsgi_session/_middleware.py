@@ -602,7 +602,7 @@ def _find_file_wrapper(environ: Environ) -> Callable[[object], bool] | None:
 
 # The body
 
-_NOTHING = object()
+NOTHING = object()
 #: Where generators come from, and other iterators of which __iter__() returns them and does nothing else.
 _ITERATE_THEMSELVES = ("builtins", "itertools")
 
@@ -659,7 +659,7 @@ class Stream:
         self.is_over = False
         self._closed = False
         self._complete = False
-        self._first: Any = _NOTHING
+        self._first: Any = NOTHING
         #: The units that the body has left open over a chunk, innermost first.
         self.inside: list[Unit] = []
         self._scope = scope
@@ -672,13 +672,13 @@ class Stream:
         iterator = iter(body)
         if type(iterator).__module__ not in _ITERATE_THEMSELVES:
             # "for" asks it once more for an iterator: it may do anything then.
-            iterator = iter(iterator.__next__, _NOTHING)
+            iterator = iter(iterator.__next__, NOTHING)
         self._iterator: Iterator[bytes] = iterator
 
     def pull(self) -> None:
         """Pull the first chunk, for what the application does on the way to it."""
-        self._first = next(self._iterator, _NOTHING)
-        if self._first is _NOTHING:
+        self._first = next(self._iterator, NOTHING)
+        if self._first is NOTHING:
             self.is_over = True
         else:
             _check_chunk(self._first)
@@ -690,8 +690,8 @@ class Stream:
         # Binding is written out here, for the two kinds of registry that are worth it: calling
         # bind() and unbind() would double the cost of a chunk. And "for" resumes a generator of
         # the application faster than next().
-        first, self._first = self._first, _NOTHING
-        if first is not _NOTHING and not self._closed:
+        first, self._first = self._first, NOTHING
+        if first is not NOTHING and not self._closed:
             yield first
         if self._closed:
             return

@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ._binding import Binder, here
 from ._errors import callable_name, log, type_name, warn_of_error
-from ._middleware import Stream
+from ._middleware import NOTHING, Stream
 from ._scope import SessionScope
 from ._transient import leaves_unknown
 from ._watching import Listeners, binds_of, lock, session_class_of, unit_of
@@ -126,7 +126,7 @@ class Sight:
         """Make the next attempt at it."""
         self._scope = scope = ObservedScope(binder, name, commit_at=commit_at)
         scope.sight = self
-        self._error = None
+        self._error, self._outcome = None, "nothing"
         return scope
 
     # What it is told
@@ -202,7 +202,7 @@ class Sight:
         """The unit of work has ended: tell the observer."""
         scope, observer = self._scope, self._watcher.observer
         if self.warn_after is not None:
-            _served.add(get_ident())
+            _thread.serves = True
         self.ends()
         if observer is None or scope is None:
             return
@@ -270,7 +270,7 @@ class ObservedStream(Stream):
         sight, chunks, threshold = self._sight, super().__iter__(), self._sight.warn_after
         while True:
             try:
-                chunk = next(chunks, None)
+                chunk: Any = next(chunks, NOTHING)
             except BaseException as error:
                 sight.failed(error)
                 raise
@@ -283,7 +283,7 @@ class ObservedStream(Stream):
                     *(self._scope, _place_of_body(self._body), threshold),
                 )
                 threshold = None
-            if chunk is None:
+            if chunk is NOTHING:
                 return
             yield chunk
 
@@ -333,13 +333,13 @@ def _warn_once(place: str, message: str, *args: object) -> None:
 
 #: Those who want to be warned where a session is used outside of units of work.
 _warning: weakref.WeakSet[Watcher] = weakref.WeakSet()
-#: The threads that have served a request of theirs.
-_served: set[int] = set()
+#: Whether this thread, or greenlet, has served a request of theirs.
+_thread = threading.local()
 
 
 def _warn_of_use_outside(session: Session) -> None:
     """*session* begins a transaction, and is not that of a unit of work."""
-    if get_ident() not in _served:
+    if not hasattr(_thread, "serves"):
         return  # a script, or a thread that removes its session itself
     for registry in {watcher.registry for watcher in _warning}:
         if registry.has() and registry() is session:
