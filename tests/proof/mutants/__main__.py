@@ -65,7 +65,7 @@ SECONDS_OF_A_MUTANT = float(os.environ.get("MUTANTS_SECONDS", "30"))
 #: So many are tried first: most mutants do not see another one.
 FIRST = 30
 #: What runs other code, reads the documents, or needs a browser; and the proof itself.
-IGNORED = ("frameworks", "proof", "test_ledger_browser.py", "test_readme.py", "test_servers.py")
+IGNORED = ("frameworks", "proof", "test_docs.py", "test_ledger_browser.py", "test_readme.py", "test_servers.py")
 #: Imported once and not for each mutant; they know nothing of the package.
 IMPORTED = (
     "psycopg",
