@@ -440,7 +440,18 @@ def test_apscheduler_runs_what_is_decorated(reader):
     assert reader.guests() == set()
 
 
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """A worker of Celery takes the root logger for its own."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
 @section(JOBS, "Celery")
+@pytest.mark.usefixtures("logging_as_it_was")
 def test_celery_runs_what_is_decorated(reader):
     from celery.contrib.testing.worker import start_worker
     from celery.exceptions import Retry
