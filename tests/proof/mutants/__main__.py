@@ -6,7 +6,7 @@
     python -m tests.proof.mutants _scope paste     # these alone
     python -m tests.proof.mutants --again          # what survived the last time, after tests were added
 
-``tox -e mutants`` does the first.  It takes more than an hour, on as many processes as there are processors.  The last
+``tox -e mutants`` does the first.  It takes hours, on as many processes as there are processors.  The last
 needs ``$PROOF_REPORT``, and modules that are what they were then.
 
 Everything happens in copies of the checkout.  First the tests run there once, and are measured: how long each takes,
