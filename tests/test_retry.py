@@ -506,6 +506,13 @@ def swallow_stale_data_in_a_unit_of_its_own(world: World) -> None:
         swallow_stale_data(world)
 
 
+def swallow_and_fail_in_a_unit_of_its_own(world: World) -> None:
+    """With an exception of Python's own, which nobody can refer to weakly."""
+    with session_scope(world.Session, propagation="requires_new"):
+        swallow(world)
+        raise ValueError
+
+
 def lose_on_a_second_connection(world: World) -> None:
     with world.engine.connect() as connection:
         connection.execute(sa.text("SELECT fail('40P01')"))
@@ -532,6 +539,7 @@ def lose_on_a_second_connection(world: World) -> None:
         lose_in_a_unit_of_its_own,
         swallow_in_a_unit_of_its_own,
         swallow_stale_data_in_a_unit_of_its_own,
+        swallow_and_fail_in_a_unit_of_its_own,
         lose_on_a_second_connection,
     ],
 )
