@@ -168,6 +168,18 @@ class SessionScope(Watched):
         self._check_running("doom()")
         self._doomed = reason
 
+    def use_primary(self) -> None:
+        """Have this request use the primary, although it might read from a replica; to be called before it reads.
+
+        :raises RuntimeError: if a statement was sent to a replica before.
+        :raises NoActiveScope: if the unit of work has ended.
+
+        Where there are no replicas, and in a unit of work that does not use any, it does nothing.
+        """
+        self._check_running("use_primary()")
+        if self.within is not None:
+            self.within.use_primary()
+
     def on_commit(self, callback: Callable[[], object]) -> None:
         """Call *callback* when what is done in the present transaction is durable.
 
