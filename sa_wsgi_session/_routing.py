@@ -434,7 +434,8 @@ def _divert(session_class: Any) -> None:
 
         def get_bind(self: Session, *args: Any, **options: Any) -> Engine | Connection:
             bind: Engine | Connection = original(self, *args, **options)
-            if here.get() is not None:
+            # A bind that was asked for by name stays what it is.
+            if here.get() is not None and options.get("bind") is None:
                 unit = unit_of(self)
                 if unit is not None and unit.route is not None:
                     return unit.route.bind(bind)  # type: ignore[no-any-return]

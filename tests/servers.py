@@ -91,6 +91,9 @@ class DatabaseServer:
         #: Lets it crash, and starts it again with what it has kept, on the same port.  What was committed is there only
         #: where it was started with ``keeps_commits``.
         self.restart: Callable[[], None]
+        #: The first half of that, and the second one.
+        self.stop: Callable[[], None]
+        self.start: Callable[[], None]
         self._pid_file = pid_file
         self._numbers = count(1)
 
@@ -202,11 +205,13 @@ class Replicated:
         ((position,),) = self.primary.execute("SELECT pg_current_wal_insert_lsn()")
         deadline = time.monotonic() + SECONDS_TO_START
         for standby in self.standbys:
-            # A position can be that of a page's header, which no record has: one more record is behind it.
-            self.primary.execute("SELECT pg_logical_emit_message(true, 'test', 'test')")
+            nudge = time.monotonic() + 2
             while not standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{position}'")[0][0]:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"a standby has not replayed {position}")
+                if time.monotonic() > nudge:
+                    # A position can be behind a page's header, where no record ends yet.
+                    self.primary.execute("SELECT pg_logical_emit_message(true, 'test', 'test')")
                 time.sleep(0.02)
 
 
@@ -260,8 +265,10 @@ def run_replicated(*, delays: Sequence[int] = (0, 150)) -> Iterator[Replicated]:
     with contextlib.ExitStack() as life:
         folder = life.enter_context(_server_folder("postgresql", user))
         _run(
-            [initdb, "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C"]
-            + [f"-D{folder / 'data'}"],
+            [
+                *(initdb, "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C"),
+                f"-D{folder / 'data'}",
+            ],
             folder / "initdb.log",
             user,
         )
@@ -270,8 +277,10 @@ def run_replicated(*, delays: Sequence[int] = (0, 150)) -> Iterator[Replicated]:
         for delay in delays:
             folder = life.enter_context(_server_folder("standby", user))
             _run(
-                [basebackup, "--no-sync", "--checkpoint=fast", "--write-recovery-conf", "--username=postgres"]
-                + [f"--host={primary.url.host}", f"--port={primary.url.port}", f"--pgdata={folder / 'data'}"],
+                [
+                    *(basebackup, "--no-sync", "--checkpoint=fast", "--write-recovery-conf", "--username=postgres"),
+                    *(f"--host={primary.url.host}", f"--port={primary.url.port}", f"--pgdata={folder / 'data'}"),
+                ],
                 folder / "basebackup.log",
                 user,
             )
@@ -363,7 +372,9 @@ def _running(
                 if attempt == PORTS_TO_TRY or "in use" not in log.read_text(errors="replace"):
                     raise
                 continue
-            running.restart = partial(_restart, running, life, start)
+            running.start = start
+            running.stop = partial(_stop, running, life)
+            running.restart = partial(_restart, running)
             yield running
             return
 
@@ -380,11 +391,15 @@ def _start(
     _wait_until_it_answers(server, guard, log)
 
 
-def _restart(server: DatabaseServer, life: contextlib.ExitStack, start: Callable[[], None]) -> None:
+def _restart(server: DatabaseServer) -> None:
+    server.stop()
+    server.start()
+
+
+def _stop(server: DatabaseServer, life: contextlib.ExitStack) -> None:
     os.kill(server.pid, server.crash)
     # Waits until it is gone.
     life.close()
-    start()
 
 
 @contextlib.contextmanager
