@@ -30,7 +30,7 @@ from ._errors import log, type_name
 from ._scope import SessionScope
 from ._tokens import NOTHING_SEEN, Tokens
 from ._transient import Conflict
-from ._watching import IS_EVENT_OF_DIALECT, Effect, Listeners, effect_of, lock, unit_of
+from ._watching import IS_EVENT_OF_DIALECT, Effect, Listeners, effect_of, listen_to_connections, lock, unit_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
@@ -78,6 +78,8 @@ class Router:
         """Listen to its engines, and have the sessions of that class ask for theirs."""
         _TO_PRIMARY.register(self.primary.dialect)
         for replica in self.cluster.replicas:
+            # Now: of one that is listened to from its first statement on nobody knows what was done there before.
+            listen_to_connections(replica.engine, True)
             _listen_to_replica(replica, positions=self.cluster.positions)
         self.cluster.listen()
         _TO_SESSION.register(session_class)

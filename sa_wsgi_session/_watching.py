@@ -201,7 +201,7 @@ def listen(binder: Binder, *, trials: bool = False) -> bool:
         _TO_SESSION_ON_TRIAL.register(session_class)
     binds = binds_of(binder.factory)
     for bind in binds:
-        _listen_to_connections(bind, trials)
+        listen_to_connections(bind, trials)
     return bool(binds)
 
 
@@ -213,7 +213,7 @@ def binds_of(factory: object) -> list[Engine | Connection]:
     return [bind for bind in (options.get("bind"), *(options.get("binds") or {}).values()) if bind is not None]
 
 
-def _listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
+def listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
     """Listen to all connections of *bind*; true: from now on only."""
     is_new = _TO_DIALECT.register(bind.dialect)
     if is_new and _there_are_policies:
@@ -314,7 +314,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     attempts = list(trials()) if _there_are_policies else []
     # Within an attempt, other sessions as well.
     if attempts or (unit is not None and watching and unit.binder.dialect is not connection.dialect):
-        if _listen_to_connections(connection, bool(attempts)):
+        if listen_to_connections(connection, bool(attempts)):
             for trial in attempts:
                 # Nobody knows what it has done on this engine before.
                 trial.has_committed()

@@ -107,14 +107,17 @@ class Sites:
 
     def __init__(self, servers: Replicated, url: URL) -> None:
         self.servers = servers
-        self._url = url
+        #: Where it is on the primary.
+        self.url = url.set(drivername=f"postgresql+{DRIVER}")
 
     @contextmanager
-    def make(self, *standbys: int, driver: str = DRIVER, **options: Any) -> Iterator[Site]:
+    def make(self, *standbys: int, **options: Any) -> Iterator[Site]:
         """A site with these standbys; its table is empty, and they have replayed that."""
         chosen = [self.servers.standbys[number] for number in standbys]
-        url = self._url.set(drivername=f"postgresql+{driver}")
-        site = Site(url, [of_standby(url, standby) for standby in chosen], **options)
+        url = self.url
+        urls = [of_standby(url, standby) for standby in chosen]
+        # Without any: a server that is no standby, or not any more.
+        site = Site(url, urls or [url], **options)
         try:
             with site.primary.begin() as connection:
                 connection.execute(sa.delete(Note))
