@@ -22,6 +22,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from ._binding import here
@@ -251,6 +252,18 @@ class Route:
                 dialect.set_readonly(connection.connection.dbapi_connection, True)
             connection.info[_READ_ONLY] = True
 
+    def only_reads_too_late(self, scope: SessionScope) -> bool:
+        """Whether the response has begun, and its transaction has done nothing but read from the replica.
+
+        Where that is lost then, after the last row, nothing is lost.
+        """
+        replica = self.replica
+        return (
+            self._begun
+            and replica is not None
+            and all(connection.dialect is replica.engine.dialect for connection in scope.connections)
+        )
+
     def uses_primary(self) -> None:
         if self._begun:
             self._late = True
@@ -341,6 +354,15 @@ class _Routed(SessionScope):
         if self.callbacks is not None and self.callbacks.due:
             self.route.uses_primary()  # perhaps
         super()._run_callbacks()
+
+    def _commit(self, session: Session) -> None:
+        assert self.route is not None
+        try:
+            super()._commit(session)
+        except DBAPIError as error:
+            if not (error.connection_invalidated and self.route.only_reads_too_late(self)):
+                raise
+            self._roll_back(session)
 
     def _leave(self) -> None:
         assert self.route is not None

@@ -112,7 +112,7 @@ class Load:
             application(site), site.Session, replicas=site.replicas, observer=site.units.append, **options
         )
         self.wrong: list[str] = []
-        self.errors: list[BaseException] = []
+        self.errors: list[str] = []
         self._random = random.Random(seed)
         self._idle: SimpleQueue[Person] = SimpleQueue()
         for number in range(VISITORS):
@@ -147,7 +147,7 @@ class Load:
                 finally:
                     self._idle.put(person)
             except BaseException as error:
-                self.errors.append(error)
+                self.errors.append(f"{method} {what}: {error!r}")
 
     def figures(self) -> dict[str, Any]:
         """What the observer was told since the last call."""
