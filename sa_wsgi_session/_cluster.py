@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
+from contextlib import suppress
 from contextvars import copy_context
 from itertools import count
 from threading import Lock
@@ -81,31 +82,35 @@ class Known(NamedTuple):
     incarnation: int
     #: When the question was sent, as :func:`time.monotonic` tells.
     asked: float
+    #: What the token of a visitor says who is served here, by this incarnation.
+    home: str
 
 
 class Replica:
     """One of them."""
 
-    def __init__(self, engine: Engine, name: str, identity: str, *, positions: bool) -> None:
+    def __init__(self, engine: Engine, name: str, identity: str, homes: dict[str, Replica], *, positions: bool) -> None:
         self.engine = engine
+        self.dialect = engine.dialect
         #: For people.
         self.name = name
         #: For tokens: the same in each process that has the same configuration.
         self._identity = identity
         #: Who is served by it.  (A set: to add, to discard and to count are atomic, and to discard twice does no harm.)
         self.serving: set[object] = set()
-        self.known = Known(-1, 0, float("-inf")) if positions else Known(0, 0, float("-inf"))
-        self.home = ""
-        self._set_home(0)
+        #: Where it can be found by its home.
+        self._homes = homes
+        self.known = Known(-1 if positions else 0, 0, float("-inf"), self._home(0))
         self._positions = positions
         self._lock, self._asking = Lock(), Lock()
         #: How often in a row; 0: it is in the rotation.
-        self._failures = 0
+        self.failures = 0
         self._until = 0.0
 
-    def _set_home(self, incarnation: int) -> None:
-        #: What the token of a visitor says who is served here.
-        self.home = f"{self._identity}.{incarnation:x}"
+    def _home(self, incarnation: int) -> str:
+        home = f"{self._identity}.{incarnation:x}"
+        self._homes[home] = self
+        return home
 
     def is_home(self, home: str) -> bool:
         """Whether *home* means this replica, in this incarnation or an earlier one."""
@@ -115,10 +120,14 @@ class Replica:
 
     def learns(self, position: int, incarnation: int, asked: float) -> None:
         with self._lock:
-            if asked >= self.known.asked:
-                if incarnation != self.known.incarnation:
-                    self._set_home(incarnation)
-                self.known = Known(position, incarnation, asked)
+            known = self.known
+            if asked < known.asked:
+                return
+            home = known.home
+            if incarnation != known.incarnation:
+                self._homes.pop(home, None)
+                home = self._home(incarnation)
+            self.known = Known(position, incarnation, asked, home)
 
     def _learns_from(self, row: Any, asked: float) -> None:
         if row is None:
@@ -135,6 +144,10 @@ class Replica:
         finally:
             cursor.close()
         driver_connection.rollback()
+        dialect: Any = self.dialect
+        # Of some drivers SQLAlchemy does not know how; the server refuses to change anything anyway.
+        with suppress(NotImplementedError):
+            dialect.set_readonly(driver_connection, True)
         try:
             self._learns_from(row, asked)
         except NoStandby as error:
@@ -165,7 +178,7 @@ class Replica:
 
     def is_up(self, now: float, floor: int) -> bool:
         """Whether it is in the rotation; the first request after a while finds out whether it may come back."""
-        if not self._failures:
+        if not self.failures:
             return True
         if now < self._until or not self._asking.acquire(blocking=False):
             return False
@@ -175,7 +188,7 @@ class Replica:
             if self.known.position < floor:
                 self.fails("it lags")
                 return False
-            self._failures = 0
+            self.failures = 0
         finally:
             self._asking.release()
         log.warning("%s answers again, and is back in the rotation", self.name)
@@ -190,10 +203,10 @@ class Replica:
         with self._lock:
             if now < self._until:
                 return  # that was known: those that were under way meet the same
-            self._failures += 1
-            pause = min(_LONGEST, _SHORTEST * 2.0 ** min(self._failures - 1, 64))
+            self.failures += 1
+            pause = min(_LONGEST, _SHORTEST * 2.0 ** min(self.failures - 1, 64))
             self._until = now + pause
-            first = self._failures == 1
+            first = self.failures == 1
         if first:
             log.warning("%s leaves the rotation (%s); it is asked again in %.2f seconds", self.name, why, pause)
         else:
@@ -288,6 +301,8 @@ class Cluster:
         self.positions = positions
         self.primary = Primary(primary, max_lag, positions=positions)
         engines = list(replicas)
+        #: Each of them by what the token of a visitor says who is served there.
+        self.homes: dict[str, Replica] = {}
         identities: set[str] = set()
         self.replicas: list[Replica] = []
         for number, engine in enumerate(engines, 1):
@@ -297,7 +312,7 @@ class Cluster:
                 identity += f"-{number}"  # engines with a creator do not tell to where it connects
             identities.add(identity)
             name = f"replica {number} of {len(engines)}"
-            self.replicas.append(Replica(engine, name, identity, positions=positions))
+            self.replicas.append(Replica(engine, name, identity, self.homes, positions=positions))
         self._turns = count()
 
     def listen(self) -> None:
@@ -305,9 +320,12 @@ class Cluster:
         if self.positions:
             for replica in self.replicas:
                 event.listen(replica.engine, "connect", replica.connected)
+                # What it has open was made without that.
+                replica.engine.dispose()
 
     def find(self, home: str) -> Replica | None:
-        return next((replica for replica in self.replicas if replica.home == home or replica.is_home(home)), None)
+        """The replica that was *home*, in this incarnation or an earlier one."""
+        return next((replica for replica in self.replicas if replica.is_home(home)), None)
 
     def least_busy(self, replicas: list[Replica]) -> Replica:
         if len(replicas) == 1:
@@ -316,7 +334,7 @@ class Cluster:
         turn = next(self._turns) % len(replicas)
         return min(replicas[turn:] + replicas[:turn], key=_busy)
 
-    def choose(self, needed: int, excluded: set[Replica], now: float) -> Replica | None:
+    def choose(self, needed: int, excluded: frozenset[Replica], now: float) -> Replica | None:
         """The least busy one of those that have replayed that position."""
         primary = self.primary
         up = [replica for replica in self.replicas if replica not in excluded and replica.is_up(now, primary.floor)]

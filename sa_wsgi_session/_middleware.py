@@ -301,11 +301,17 @@ class SessionMiddleware:
         route: Route | None = None,
     ) -> Iterable[bytes]:
         binder = self._binder
-        scope = _scope_maker(trial, sight, route)(
+        if route is None:
+            make_scope: Callable[..., SessionScope] = SessionScope if sight is None else sight.scope
+        else:
+            make_scope = route.attempt(sight, trial)
+        scope = make_scope(
             binder,
             (environ.get("REQUEST_METHOD", "?"), environ.get("PATH_INFO", "")),
             commit_at=self._commit_at,
         )
+        if route is not None:
+            cast(Any, scope).route = route
         if trial is None:
             scope.watching = True
         else:
@@ -358,12 +364,6 @@ class SessionMiddleware:
 
 #: For what is replayed where there is no policy: on another engine.
 _NO_POLICY = RetryPolicy(attempts=1)
-
-
-def _scope_maker(trial: Trial | None, sight: Sight | None, route: Route | None) -> Callable[..., SessionScope]:
-    if route is not None:
-        return route.attempt(sight, trial)
-    return SessionScope if sight is None else sight.scope
 
 
 def _may_have_body(environ: Environ) -> bool:

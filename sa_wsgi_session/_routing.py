@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,15 +27,14 @@ from sqlalchemy.orm import Session
 from ._binding import here
 from ._cluster import Cluster, Replica, monotonic
 from ._errors import log, type_name
-from ._scope import SessionScope
+from ._scope import SessionScope, State
 from ._tokens import NOTHING_SEEN, Tokens
 from ._transient import Conflict
-from ._watching import IS_EVENT_OF_DIALECT, Effect, Listeners, effect_of, listen_to_connections, lock, unit_of
+from ._watching import IS_EVENT_OF_DIALECT, Effect, Listeners, effect_of, listen_to_replica, lock, unit_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import ExceptionContext
-    from sqlalchemy.orm import SessionTransaction
 
     from ._middleware import Environ, Headers, StartResponse
     from ._retry import Trial
@@ -63,12 +61,14 @@ def is_safe(environ: Environ) -> bool:
 class Router:
     """What the routes of one middleware have in common."""
 
-    __slots__ = ("cluster", "primary", "read_only", "sticky", "tokens")
+    __slots__ = ("_is_listening", "cluster", "header_key", "primary", "read_only", "sticky", "tokens")
 
     def __init__(self, cluster: Cluster, tokens: Tokens, read_only: Callable[[Environ], object], sticky: float) -> None:
+        self._is_listening = False
         self.cluster = cluster
         self.primary = cluster.primary.engine
         self.tokens = tokens
+        self.header_key = tokens.header_key
         self.read_only = read_only
         self.sticky = max(1, round(sticky + 0.5))
 
@@ -77,72 +77,65 @@ class Router:
 
     def listen(self, session_class: type[Session]) -> None:
         """Listen to its engines, and have the sessions of that class ask for theirs."""
+        _divert(session_class)
+        with lock:
+            if self._is_listening:
+                return
+            self._is_listening = True
         _TO_PRIMARY.register(self.primary.dialect)
         for replica in self.cluster.replicas:
-            # Now: of one that is listened to from its first statement on nobody knows what was done there before.
-            listen_to_connections(replica.engine, True)
+            listen_to_replica(replica.engine)
             _listen_to_replica(replica, positions=self.cluster.positions)
         self.cluster.listen()
-        _TO_SESSION.register(session_class)
-        _divert(session_class)
 
 
 class Route:
     """Where one request goes, over all the attempts at it."""
 
-    __slots__ = (
-        "_begun",
-        "_cookies",
-        "_decided",
-        "_excluded",
-        "_header",
-        "_incarnation",
-        "_late",
-        "_needed",
-        "_pins",
-        "_router",
-        "_secure",
-        "_seen",
-        "_sent",
-        "_trial",
-        "_used_primary",
-        "may_read",
-        "reason",
-        "replica",
-    )
+    # Most requests need little of it: only where there is something to know is it written to the instance.
+
+    _seen = NOTHING_SEEN
+    #: Why it goes where it goes.
+    reason = ""
+    #: Those that could not serve it.
+    _excluded: frozenset[Replica] = frozenset()
+    #: Whether anything in this request has used the primary, before its headers have left; and after.
+    _used_primary = _late = False
+    #: Whether what it does on the primary ends after the headers have left.
+    _pins = False
+    #: Whether the headers have left.
+    _begun = False
+    #: Whether there is nothing to tell: the visitor is where they have been.
+    _at_home = False
+    #: Whether an engine was chosen for the present attempt, and which; and whether it was used.
+    _decided = _sent = False
+    replica: Replica | None = None
+    #: What the replica must have replayed, and its incarnation once that is known.
+    _needed = 0
+    _incarnation: int | None = None
+    #: What the visitor is told who has read there.
+    _home = ""
+    _trial: Trial | None = None
 
     def __init__(self, router: Router, environ: Environ) -> None:
         self._router = router
-        get = environ.get
-        self._cookies: str | None = get("HTTP_COOKIE")
-        self._header: str | None = get(router.tokens.header_key)
-        self._secure = get("wsgi.url_scheme") == "https"
-        self._seen = NOTHING_SEEN
+        self._environ = environ
+        # Now: they are the application's to change.
+        self._cookies: str | None = environ.get("HTTP_COOKIE")
+        self._header: str | None = environ.get(router.header_key)
         #: Whether a replica may serve it.
-        self.may_read = bool(router.read_only(environ))
-        #: Why it goes where it goes.
-        self.reason: str = "" if self.may_read else "not a safe request"
-        self._excluded: set[Replica] = set()
-        #: Whether anything in this request has used the primary, before its headers have left; and after.
-        self._used_primary = self._late = False
-        #: Whether what it does on the primary ends after the headers have left.
-        self._pins = False
-        #: Whether the headers have left.
-        self._begun = False
-        self.replica: Replica | None = None
-        self._decided = self._sent = False
-        self._needed = 0
-        self._incarnation: int | None = None
-        self._trial: Trial | None = None
+        self.may_read = router.read_only(environ)
+        if not self.may_read:
+            self.reason = "not a safe request"
 
     def attempt(self, sight: Sight | None, trial: Trial | None) -> Callable[..., SessionScope]:
         """What makes the scope of the next attempt."""
         self._trial = trial
-        self.replica, self._incarnation = None, None
-        self._decided = self._sent = False
-        if sight is None:
-            return partial(_routed_scope, self)
-        return partial(sight.scope, route=self)
+        if self._decided:
+            self._decided = self._sent = self._at_home = False
+            self.replica = self._incarnation = None
+            self._home = ""
+        return RoutedScope if sight is None else partial(sight.scope, kind=_observed_kind())
 
     @property
     def engine(self) -> str | None:
@@ -160,11 +153,11 @@ class Route:
                     f"use_primary() of {scope} was called after a statement had been sent to {self.replica.name}: call "
                     f"it before the first one, or let read_only(environ) of ReadReplicas say so"
                 )
-            self.release()
+            self.replica.serving.discard(self)
             self.replica = None
         self.may_read, self.reason, self._decided = False, "use_primary()", True
 
-    def bind(self, bind: Any) -> Any:
+    def bind(self, bind: Engine | Connection) -> Engine | Connection:
         """The engine that a session gets which would get *bind* otherwise."""
         if bind is not self._router.primary:
             return bind
@@ -181,6 +174,16 @@ class Route:
         cluster, now = router.cluster, monotonic()
         primary = cluster.primary
         primary.check(now)
+        if self._cookies is not None and self._header is None:
+            # Nearly always: a visitor who is at home somewhere, and has nothing else to tell.
+            home_cookie = router.tokens.fresh_home(self._cookies)
+            at_home = None if home_cookie is None else cluster.homes.get(home_cookie)
+            if at_home is not None and not at_home.failures and at_home not in self._excluded:
+                floor, known = primary.floor, at_home.known
+                if known.home == home_cookie and known.position >= floor:
+                    self._take(at_home, floor, _AT_HOME, known.incarnation)
+                    self._at_home = True
+                    return
         if self._cookies is not None or self._header is not None:
             self._seen = router.tokens.seen(self._cookies, self._header)
         seen = self._seen
@@ -198,10 +201,11 @@ class Route:
                 and home not in self._excluded
                 and home.is_up(now, primary.floor)
                 and home.has(needed, now)
-                and home.home == seen.homes[0]
             ):
-                self._take(home, needed, "where this visitor reads")
-                return
+                known = home.known
+                if known.home == seen.homes[0]:
+                    self._take(home, needed, _AT_HOME, known.incarnation)
+                    return
             if self._begun:
                 self.reason = "too late to tell the visitor where"
                 return
@@ -223,34 +227,24 @@ class Route:
         else:
             self.reason = self.reason or "no replica is fresh enough"
 
-    def _take(self, replica: Replica, needed: int, reason: str) -> None:
+    def _take(self, replica: Replica, needed: int, reason: str, incarnation: int | None = None) -> None:
         replica.serving.add(self)
-        self.replica, self._needed, self.reason = replica, needed, reason
-
-    def release(self) -> None:
-        """The attempt is over."""
-        if self.replica is not None:
-            self.replica.serving.discard(self)
+        self.replica, self._needed, self.reason, self._incarnation = replica, needed, reason, incarnation
 
     # What it is told
 
-    def begins(self, connection: Connection) -> None:
-        """The session begins a transaction on *connection*."""
+    def begins(self, connection: Connection) -> bool:
+        """The session begins a transaction on *connection*; whether that is to the replica."""
         replica = self.replica
-        if replica is None or connection.dialect is not replica.engine.dialect:
-            return
+        if replica is None or connection.dialect is not replica.dialect:
+            return False
         # Once more: the connection may be a new one, to a server that was started anew.
         known = replica.known
         if known.position < self._needed or self._incarnation not in (None, known.incarnation):
             self.leaves(replica, Conflict("the replica has gone back"))
             raise ReplicaError(f"{replica.name} was started anew, and has not replayed yet what this visitor has seen")
-        self._incarnation = known.incarnation
-        if _READ_ONLY not in connection.info:
-            # That of the driver, which does not send anything, or only once.
-            with suppress(Exception):
-                dialect: Any = connection.dialect
-                dialect.set_readonly(connection.connection.dbapi_connection, True)
-            connection.info[_READ_ONLY] = True
+        self._incarnation, self._home = known.incarnation, known.home
+        return True
 
     def only_reads_too_late(self, scope: SessionScope) -> bool:
         """Whether the response has begun, and its transaction has done nothing but read from the replica.
@@ -261,7 +255,7 @@ class Route:
         return (
             self._begun
             and replica is not None
-            and all(connection.dialect is replica.engine.dialect for connection in scope.connections)
+            and all(connection.dialect is replica.dialect for connection in scope.connections)
         )
 
     def uses_primary(self) -> None:
@@ -272,7 +266,7 @@ class Route:
 
     def leaves(self, replica: Replica, conflict: Conflict) -> None:
         """The replica cannot serve this attempt."""
-        self._excluded.add(replica)
+        self._excluded |= {replica}
         if self._trial is not None:
             self._trial.elsewhere = conflict
 
@@ -293,18 +287,25 @@ class Route:
             self._pins = self._used_primary or not self.may_read
 
     def ends(self) -> None:
-        """The unit of work has ended."""
+        """The attempt has ended, and its transaction."""
+        if self.replica is not None:
+            self.replica.serving.discard(self)
         if self._late or self._pins:
-            # The visitor can't be told any more, so that it is for all of them.
-            self._router.cluster.primary.raise_floor()
-            self._late = self._pins = False
+            self.raise_floor()
+
+    def raise_floor(self) -> None:
+        """The visitor can't be told any more what was done on the primary: so that it is for all of them."""
+        self._router.cluster.primary.raise_floor()
+        self._late = self._pins = False
 
     # What the visitor is told
 
     def start_response(self, forward: StartResponse, status: str, headers: Headers, *exc_info: Any) -> Any:
         """The headers leave."""
-        added = self._headers()
         self._begun = True
+        if self._at_home and not self._used_primary:
+            return forward(status, headers, *exc_info)
+        added = self._headers()
         return forward(status, [*headers, *added] if added else headers, *exc_info)
 
     def _headers(self) -> Headers:
@@ -314,19 +315,25 @@ class Route:
             return router.tokens.position_headers(
                 position or 0,
                 0 if position is not None else router.sticky,
-                secure=self._secure,
+                secure=self._is_secure,
                 forget_home=self._cookies is not None,
             )
         replica = self.replica
         if replica is None:
             return []
-        home = replica.home
+        home = self._home
+        if not home:
+            return []  # it was only asked for its engine
         if self._seen.fresh and self._seen.homes == (home,):
             return []
-        return router.tokens.home_headers(home, router.tokens.rounded_now(), self._secure)
+        return router.tokens.home_headers(home, router.tokens.rounded_now(), self._is_secure)
+
+    @property
+    def _is_secure(self) -> bool:
+        return bool(self._environ.get("wsgi.url_scheme") == "https")
 
 
-_READ_ONLY = "sa_wsgi_session.read_only"
+_AT_HOME = "where this visitor reads"
 
 
 # The scopes that have one
@@ -350,10 +357,13 @@ class _Routed(SessionScope):
         self.route.settled(waits=waits or (self._commit_at == "end" and not body_is_over))
 
     def _run_callbacks(self) -> None:
-        assert self.route is not None
-        if self.callbacks is not None and self.callbacks.due:
-            self.route.uses_primary()  # perhaps
+        runs = self.callbacks is not None and bool(self.callbacks.due)
         super()._run_callbacks()
+        if runs and self.route is not None:
+            # They may have used the primary, in units of work of their own.
+            self.route.uses_primary()
+            if self._state is State.ENDED:
+                self.route.ends()
 
     def _commit(self, session: Session) -> None:
         assert self.route is not None
@@ -365,31 +375,24 @@ class _Routed(SessionScope):
             self._roll_back(session)
 
     def _leave(self) -> None:
-        assert self.route is not None
-        self.route.release()
         super()._leave()
-
-    def _end(self) -> None:
         assert self.route is not None
-        try:
-            super()._end()
-        finally:
-            self.route.ends()
+        self.route.ends()
 
 
-@cache
 def with_route(cls: type[SessionScope]) -> Any:
     """That kind of scope, with a route."""
     return type(cls.__name__, (_Routed, cls), {"__slots__": ("route",), "__doc__": cls.__doc__})
 
 
-_RoutedScope = with_route(SessionScope)
+RoutedScope = with_route(SessionScope)
 
 
-def _routed_scope(route: Route, *args: Any, **options: Any) -> Any:
-    scope = _RoutedScope(*args, **options)
-    scope.route = route
-    return scope
+@cache
+def _observed_kind() -> Any:
+    from ._sight import ObservedScope
+
+    return with_route(ObservedScope)
 
 
 # A change in a safe request
@@ -440,15 +443,6 @@ def _on_primary(*args: Any) -> None:
 _TO_PRIMARY = Listeners({"do_execute": _on_primary, "do_executemany": _on_primary, "do_execute_no_params": _on_primary})
 
 
-def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    unit = unit_of(session)
-    if unit is not None and unit.route is not None:
-        unit.route.begins(connection)
-
-
-_TO_SESSION = Listeners({"after_begin": _after_begin}, insert=True)
-
-
 def _divert(session_class: Any) -> None:
     """Have the sessions of that class, which a sessionmaker has made for itself, ask for their engine."""
     with lock:
@@ -456,14 +450,13 @@ def _divert(session_class: Any) -> None:
             return
         original = session_class.get_bind
 
-        def get_bind(self: Session, *args: Any, **options: Any) -> Engine | Connection:
+        def get_bind(self: Any, *args: Any, **options: Any) -> Engine | Connection:
             bind: Engine | Connection = original(self, *args, **options)
+            unit = None if here.get() is None else unit_of(self)
             # A bind that was asked for by name stays what it is.
-            if here.get() is not None and options.get("bind") is None:
-                unit = unit_of(self)
-                if unit is not None and unit.route is not None:
-                    return unit.route.bind(bind)  # type: ignore[no-any-return]
-            return bind
+            if unit is None or unit.route is None or options.get("bind") is not None:
+                return bind
+            return unit.route.bind(bind)
 
         get_bind._is_diverted = True  # type: ignore[attr-defined]
         session_class.get_bind = get_bind

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ._binding import Binder, here
 from ._errors import callable_name, log, type_name, warn_of_error
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction
 
     from ._middleware import Environ, Headers, StartResponse
-    from ._routing import Route
 
     Observer = Callable[[FinishedUnit], object]
 
@@ -129,12 +128,10 @@ class Sight:
         name: str | tuple[object, object],
         *,
         commit_at: str = "start",
-        route: Route | None = None,
+        kind: type[ObservedScope] | None = None,
     ) -> ObservedScope:
         """Make the next attempt at it."""
-        scope = self._scope = _kind_of_scope(route)(binder, name, commit_at=commit_at)
-        if route is not None:
-            cast(Any, scope).route = route
+        self._scope = scope = (ObservedScope if kind is None else kind)(binder, name, commit_at=commit_at)
         scope.sight = self
         self._error, self._outcome = None, "nothing"
         return scope
@@ -267,14 +264,6 @@ class ObservedScope(SessionScope):
     def _fail(self, error: BaseException) -> None:
         self.sight.failed(error)
         super()._fail(error)
-
-
-def _kind_of_scope(route: Route | None) -> type[ObservedScope]:
-    if route is None:
-        return ObservedScope
-    from ._routing import with_route
-
-    return cast("type[ObservedScope]", with_route(ObservedScope))
 
 
 class ObservedStream(Stream):

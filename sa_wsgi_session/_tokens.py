@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _SKEW = 30
 #: Longer ones are not ours, and not worth the arithmetic.  (A digest of 32 bytes and less than 80 bytes, in base64.)
 _LONGEST = 160
+#: So many tokens of homes are known: each replica has a few.
+_MOST_HOMES = 512
 #: Of one cookie's name in one request: another subdomain may have set one as well.
 _MOST = 4
 
@@ -108,6 +110,9 @@ class Tokens:
         #: The key of the header in an environ.
         self.header_key = "" if header is None else "HTTP_" + header.upper().replace("-", "_")
         self._name = cookie_name
+        self._home_key = f"{cookie_name}_home="
+        #: The tokens of homes that are known to be ours, and from when to when they are good.
+        self._fresh_homes: dict[str, tuple[str, float, float]] = {}
         self._find = re.compile(
             rf"(?:^|;)\s*{re.escape(cookie_name)}(?:_home)?=\"?([\w-]{{1,{_LONGEST}}})(?![^\";\s])"
         ).findall
@@ -137,6 +142,8 @@ class Tokens:
             if token is None:
                 continue
             age = now - token.issued
+            if token.home and not token.position and len(self._fresh_homes) < _MOST_HOMES:
+                self._fresh_homes[text] = (token.home, token.issued - _SKEW, token.issued + self.lifetime / 2)
             if not -_SKEW <= age <= self.lifetime:
                 continue
             if token.position > position:
@@ -147,6 +154,19 @@ class Tokens:
             if age < token.pinned:
                 pinned = True
         return Seen(position, homes, pinned, fresh, found > 0)
+
+    def fresh_home(self, cookies: str) -> str | None:
+        """The home that cookies say which say nothing else of ours, if it need not be said again."""
+        at = cookies.find(self._home_key)
+        if at < 0:
+            return None
+        start = at + len(self._home_key)
+        end = cookies.find(";", start)
+        # Before it, or after it, there may be another one.
+        if cookies.find(self._name) < at or (end >= 0 and cookies.find(self._name, end) >= 0):
+            return None
+        known = self._fresh_homes.get(cookies[start:] if end < 0 else cookies[start:end])
+        return known[0] if known is not None and known[1] <= self._clock() <= known[2] else None
 
     def rounded_now(self) -> int:
         """The time that the token of a home has."""

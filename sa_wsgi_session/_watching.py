@@ -201,7 +201,7 @@ def listen(binder: Binder, *, trials: bool = False) -> bool:
         _TO_SESSION_ON_TRIAL.register(session_class)
     binds = binds_of(binder.factory)
     for bind in binds:
-        listen_to_connections(bind, trials)
+        _listen_to_connections(bind, trials)
     return bool(binds)
 
 
@@ -213,7 +213,14 @@ def binds_of(factory: object) -> list[Engine | Connection]:
     return [bind for bind in (options.get("bind"), *(options.get("binds") or {}).values()) if bind is not None]
 
 
-def listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
+def listen_to_replica(engine: Engine) -> None:
+    """Listen to the statements of *engine*, on which nothing is ever committed."""
+    _TO_REPLICA.register(engine.dialect)
+    if not IS_EVENT_OF_DIALECT:
+        _TO_ENGINE_ON_TRIAL.register(engine)
+
+
+def _listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
     """Listen to all connections of *bind*; true: from now on only."""
     is_new = _TO_DIALECT.register(bind.dialect)
     if is_new and _there_are_policies:
@@ -311,10 +318,12 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
             if unit.watch is None or not others:
                 unit.watch = Watch()
             unit.watch.pooled.append(connection.connection)
+        if unit.route is not None and unit.route.begins(connection):
+            return  # to a replica, which is listened to, and where nothing can be done that is durable
     attempts = list(trials()) if _there_are_policies else []
     # Within an attempt, other sessions as well.
     if attempts or (unit is not None and watching and unit.binder.dialect is not connection.dialect):
-        if listen_to_connections(connection, bool(attempts)):
+        if _listen_to_connections(connection, bool(attempts)):
             for trial in attempts:
                 # Nobody knows what it has done on this engine before.
                 trial.has_committed()
@@ -485,6 +494,7 @@ _STATEMENTS: _Functions = {
     "do_executemany": _do_execute,
     "do_execute_no_params": _do_execute,
 }
+_TO_REPLICA = Listeners(_STATEMENTS | _ERRORS if IS_EVENT_OF_DIALECT else _STATEMENTS)
 _TO_DIALECT = Listeners(_STATEMENTS | _ERRORS if IS_EVENT_OF_DIALECT else _STATEMENTS)
 # For attempts that may be replayed, in addition.
 _TO_SESSION_ON_TRIAL = Listeners({"after_soft_rollback": _after_soft_rollback})

@@ -113,6 +113,7 @@ class Load:
         )
         self.wrong: list[str] = []
         self.errors: list[str] = []
+        self._one_event = threading.Lock()
         self._random = random.Random(seed)
         self._idle: SimpleQueue[Person] = SimpleQueue()
         for number in range(VISITORS):
@@ -140,7 +141,8 @@ class Load:
                 return
             try:
                 if number in events:
-                    events[number]()
+                    with self._one_event:
+                        events[number]()
                 person = self._idle.get()
                 try:
                     self.wrong += person.request(method, what, key)
