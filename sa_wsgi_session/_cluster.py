@@ -49,9 +49,17 @@ _ASK_REPLICA = (
     "WHERE pg_is_in_recovery()"
 )
 _ASK_ANY = "SELECT 1"
+# Those of before PostgreSQL 13: they are in all versions.
+_ASK_RUNNING = "SELECT txid_current_snapshot()::text"
+_ASK_COMMITTED = (
+    "SELECT string_agg(x::text, ',') FROM unnest(ARRAY[{}]::bigint[]) x "
+    "WHERE CASE WHEN x < txid_snapshot_xmax(txid_current_snapshot()) THEN txid_status(x) = 'committed' ELSE false END"
+)
 
 #: A replica is not asked for its position more often than that, in seconds: where no other one would do; and else.
 _FRESH, _NEVERTHELESS = 0.005, 0.1
+#: How long, in seconds, to wait until the primary shows what a replica has shown: where that is known; and else.
+_CATCHES_UP, _UNKNOWN_CATCHES_UP = 1.0, 0.05
 #: How long a replica is left alone that has failed, in seconds: the first time, and at most.
 _SHORTEST, _LONGEST = 0.25, 10.0
 
@@ -174,6 +182,11 @@ class Replica:
             return True
         return now - known.asked >= fresh and self.ask() and self.known.position >= position
 
+    def committed_of(self, transactions: frozenset[int]) -> frozenset[int]:
+        """Which of these transactions it shows."""
+        row = ask(self.engine, _ASK_COMMITTED.format(",".join(map(str, transactions))))
+        return frozenset(map(int, row[0].split(","))) if row[0] else frozenset()
+
     # The rotation
 
     def is_up(self, now: float, floor: int) -> bool:
@@ -263,6 +276,11 @@ class Primary:
             log.debug("the primary could not be asked for its position (%s)", type_name(error))
             return None
 
+    def running(self) -> frozenset[int]:
+        """The transactions that it does not show yet, although they may have changed something."""
+        # "xmin:xmax:xip_list"
+        return frozenset(map(int, filter(None, ask(self.engine, _ASK_RUNNING)[0].split(":")[2].split(","))))
+
     def check(self, now: float) -> None:
         """Ask it now and then."""
         if now < self._due or not self._asking.acquire(blocking=False):
@@ -347,6 +365,30 @@ class Cluster:
             if primary.lags(replica.known.position, now):
                 replica.fails("it lags")
         return None
+
+    def catch_up(self, homes: Iterable[str]) -> None:
+        """Wait until the primary shows what these replicas have shown.
+
+        It writes a COMMIT to its log, waits until that is on its disk, and perhaps on that of a standby, and only then
+        shows what the transaction has done.  A replica may have replayed it by then.
+        """
+        try:
+            running = self.primary.running()
+            if not running:
+                return
+            ahead, wait = frozenset[int](), _CATCHES_UP
+            for replica in map(self.find, homes):
+                if replica is None or replica.failures:
+                    ahead, wait = running, _UNKNOWN_CATCHES_UP
+                    break
+                ahead |= replica.committed_of(running)
+            deadline = monotonic() + wait
+            while ahead & running and monotonic() < deadline:
+                time.sleep(0.001)
+                running = self.primary.running()
+        except Exception as error:
+            # The request is about to meet it, too; or the replica has failed, and the window is a narrow one.
+            log.debug("whether the primary shows what a replica has shown could not be asked (%s)", type_name(error))
 
 
 def _busy(replica: Replica) -> int:

@@ -163,7 +163,10 @@ class Route:
             return bind
         if not self._decided:
             self._decide()
-        self._sent = True
+        if not self._sent:
+            self._sent = True
+            if self.replica is None:
+                self._catch_up()
         return bind if self.replica is None else self.replica.engine
 
     def _decide(self) -> None:
@@ -226,6 +229,15 @@ class Route:
             self._take(replica, needed, "least busy")
         else:
             self.reason = self.reason or "no replica is fresh enough"
+
+    def _catch_up(self) -> None:
+        """The primary is about to serve a visitor who has, perhaps, read from a replica."""
+        router = self._router
+        if not router.cluster.positions or (self._cookies is None and self._header is None):
+            return
+        homes = router.tokens.seen(self._cookies, self._header).homes
+        if homes:
+            router.cluster.catch_up(homes)
 
     def _take(self, replica: Replica, needed: int, reason: str, incarnation: int | None = None) -> None:
         replica.serving.add(self)
