@@ -49,17 +49,19 @@ _ASK_REPLICA = (
     "WHERE pg_is_in_recovery()"
 )
 _ASK_ANY = "SELECT 1"
-# Those of before PostgreSQL 13: they are in all versions.
-_ASK_RUNNING = "SELECT txid_current_snapshot()::text"
-_ASK_COMMITTED = (
-    "SELECT string_agg(x::text, ',') FROM unnest(ARRAY[{}]::bigint[]) x "
-    "WHERE CASE WHEN x < txid_snapshot_xmax(txid_current_snapshot()) THEN txid_status(x) = 'committed' ELSE false END"
+# Whether a standby shows a transaction that a snapshot of the primary, "xmin:xmax:running,running", does not.  (The
+# functions of before PostgreSQL 13, which are in all versions.)
+_ASK_SNAPSHOT = "SELECT txid_current_snapshot()::text"
+_ASK_AHEAD = (
+    "SELECT xmax > {xmax} OR EXISTS (SELECT 1 FROM unnest(ARRAY[{running}]::bigint[]) x "
+    "WHERE CASE WHEN x < xmax THEN txid_status(x) = 'committed' ELSE false END) "
+    "FROM txid_snapshot_xmax(txid_current_snapshot()) xmax"
 )
 
 #: A replica is not asked for its position more often than that, in seconds: where no other one would do; and else.
 _FRESH, _NEVERTHELESS = 0.005, 0.1
-#: How long, in seconds, to wait until the primary shows what a replica has shown: where that is known; and else.
-_CATCHES_UP, _UNKNOWN_CATCHES_UP = 1.0, 0.05
+#: How long to wait until the primary shows what a replica has shown, in seconds.
+_CATCHES_UP = 1.0
 #: How long a replica is left alone that has failed, in seconds: the first time, and at most.
 _SHORTEST, _LONGEST = 0.25, 10.0
 
@@ -182,10 +184,10 @@ class Replica:
             return True
         return now - known.asked >= fresh and self.ask() and self.known.position >= position
 
-    def committed_of(self, transactions: frozenset[int]) -> frozenset[int]:
-        """Which of these transactions it shows."""
-        row = ask(self.engine, _ASK_COMMITTED.format(",".join(map(str, transactions))))
-        return frozenset(map(int, row[0].split(","))) if row[0] else frozenset()
+    def is_ahead(self, snapshot: str) -> bool:
+        """Whether it shows more than that snapshot of the primary."""
+        _xmin, xmax, running = snapshot.split(":")
+        return bool(ask(self.engine, _ASK_AHEAD.format(xmax=int(xmax), running=running))[0])
 
     # The rotation
 
@@ -276,10 +278,9 @@ class Primary:
             log.debug("the primary could not be asked for its position (%s)", type_name(error))
             return None
 
-    def running(self) -> frozenset[int]:
-        """The transactions that it does not show yet, although they may have changed something."""
-        # "xmin:xmax:xip_list"
-        return frozenset(map(int, filter(None, ask(self.engine, _ASK_RUNNING)[0].split(":")[2].split(","))))
+    def snapshot(self) -> str:
+        """What it shows now."""
+        return str(ask(self.engine, _ASK_SNAPSHOT)[0])
 
     def check(self, now: float) -> None:
         """Ask it now and then."""
@@ -372,20 +373,16 @@ class Cluster:
         It writes a COMMIT to its log, waits until that is on its disk, and perhaps on that of a standby, and only then
         shows what the transaction has done.  A replica may have replayed it by then.
         """
+        found = [self.find(home) for home in homes]
+        replicas = [replica for replica in found if replica is not None and not replica.failures]
+        deadline = monotonic() + _CATCHES_UP
         try:
-            running = self.primary.running()
-            if not running:
-                return
-            ahead, wait = frozenset[int](), _CATCHES_UP
-            for replica in map(self.find, homes):
-                if replica is None or replica.failures:
-                    ahead, wait = running, _UNKNOWN_CATCHES_UP
+            while replicas:
+                snapshot = self.primary.snapshot()
+                replicas = [replica for replica in replicas if replica.is_ahead(snapshot)]
+                if monotonic() > deadline:
                     break
-                ahead |= replica.committed_of(running)
-            deadline = monotonic() + wait
-            while ahead & running and monotonic() < deadline:
-                time.sleep(0.001)
-                running = self.primary.running()
+                time.sleep(0.001 if replicas else 0)
         except Exception as error:
             # The request is about to meet it, too; or the replica has failed, and the window is a narrow one.
             log.debug("whether the primary shows what a replica has shown could not be asked (%s)", type_name(error))

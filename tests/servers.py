@@ -284,7 +284,8 @@ def run_replicated(*, delays: Sequence[int] = (0, 150)) -> Iterator[Replicated]:
                 folder / "basebackup.log",
                 user,
             )
-            standbys.append(life.enter_context(running(folder, recovery_min_apply_delay=f"{delay}ms")))
+            settings = {"recovery_min_apply_delay": f"{delay}ms"} if delay else {}
+            standbys.append(life.enter_context(running(folder, **settings)))
         yield Replicated(primary, standbys)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -536,6 +537,7 @@ def test_a_change_in_a_safe_request_is_done_on_the_primary_and_told_once(fresh_s
     assert attempts == [1, 2]
     unit = fresh_site.units[-1]
     assert (unit.attempts, unit.engine, unit.engine_reason) == (2, "primary", "a change in a safe request")
+    visitor = Visitor(visitor.app)
     visitor.request("/count/5678")
     (warning,) = warnings
     assert warning.startswith("GET /count/*: it changes something, although its method is safe")
@@ -719,3 +721,63 @@ def test_a_replica_that_was_promoted_is_none_any_more(sites, warnings):
         Visitor(app).request()
         assert [unit.engine for unit in site.units] == ["primary", "primary"]
     assert warnings[0].startswith("replica 1 of 1 leaves the rotation (sa_wsgi_session._cluster.NoStandby)")
+
+
+# -- what only a certain moment shows ---------------------------------------------------------------------------------
+
+
+def test_a_visitor_who_has_seen_a_commit_on_a_replica_before_the_primary_shows_it_waits_for_that(sites, fresh_site):
+    site = fresh_site
+    app = _middleware(site)
+    reader = next(readers_of_each(site, app))
+    primary = sites.servers.primary
+    # Each COMMIT waits for a standby that there is not; the others replay it.
+    primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    primary.execute("SELECT pg_reload_conf()")
+    writer = threading.Thread(target=add_by_somebody_else, args=(site,))
+    writer.start()
+    seen: list[str] = []
+    try:
+        while reader.request() != "new":
+            pass
+        reader.app = site.app(site.texts)
+        poster = threading.Thread(target=lambda: seen.append(reader.request(method="POST")))
+        poster.start()
+        while not sites.servers.primary.execute(
+            "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%snapshot()::text%' AND pid <> pg_backend_pid()"
+        ):
+            pass
+    finally:
+        primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        primary.execute("SELECT pg_reload_conf()")
+    writer.join()
+    poster.join()
+    assert seen == ["new"]
+
+
+def test_a_standby_that_begins_further_back_when_it_is_started_anew_shows_nobody_the_past(sites, fresh_site):
+    site = fresh_site
+    app = _middleware(site)
+    reader = next(readers_of_each(site, app))
+    standby = sites.servers.standbys[FRESH]
+    # To here it will not go back.
+    sites.servers.primary.execute("CHECKPOINT")
+    sites.wait(FRESH)
+    standby.execute("CHECKPOINT")
+    Visitor(app).request("/1", "POST")
+    while reader.request() != "/1":
+        pass
+    assert site.units[-1].engine == "replica 1 of 1"
+    # What it has replayed is not on its disk yet; and it will not replay it again so soon.
+    standby.execute("ALTER SYSTEM SET recovery_min_apply_delay = '1h'")
+    standby.restart()
+    try:
+        newcomer = Visitor(app)
+        assert standby.execute("SELECT text FROM note", site.primary.url.database) == []
+        for _ in range(5):
+            assert reader.request() == "/1"
+            newcomer.request()
+        assert site.units[-1].engine == "primary"
+    finally:
+        standby.execute("ALTER SYSTEM RESET recovery_min_apply_delay")
+        standby.execute("SELECT pg_reload_conf()")
