@@ -246,7 +246,7 @@ class Primary:
         self._keep = max_lag + self._interval
         self._samples: deque[tuple[float, int]] = deque()
         self._raised = (float("-inf"), 0)
-        self._due = float("-inf") if positions else float("inf")
+        self.due = float("-inf") if positions else float("inf")
         self._lock, self._asking = Lock(), Lock()
         self._answers = True
 
@@ -284,10 +284,10 @@ class Primary:
 
     def check(self, now: float) -> None:
         """Ask it now and then."""
-        if now < self._due or not self._asking.acquire(blocking=False):
+        if now < self.due or not self._asking.acquire(blocking=False):
             return
         try:
-            self._due = now + self._interval
+            self.due = now + self._interval
             answers = self.ask_or_none() is not None
             if answers is not self._answers:
                 self._answers = answers

@@ -123,6 +123,7 @@ class SessionMiddleware:
         "_is_listening",
         "_is_plain",
         "_keep_body",
+        "_make_route",
         "_retry",
         "_router",
         "_scope_key",
@@ -192,8 +193,10 @@ class SessionMiddleware:
             )
         self._router: Router | None = None
         if replicas is not None:
+            from ._routing import Route
             from .replicas import check_replicas
 
+            self._make_route = Route
             self._router = check_replicas(replicas)._attach(self._binder)
         self._is_listening = listen(self._binder, trials=retry is not None or replicas is not None)
         if retry is not None or replicas is not None:
@@ -265,8 +268,8 @@ class SessionMiddleware:
         policy = self._retry
         route: Route | None = None
         if self._router is not None:
-            route = self._router.route(environ)
-            start_response = partial(route.start_response, start_response)
+            route = self._make_route(self._router, environ, start_response)
+            start_response = route.start_response
             if policy is None and route.may_read:
                 policy = _NO_POLICY
         if policy is None:

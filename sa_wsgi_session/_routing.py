@@ -21,7 +21,6 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from ._binding import here
@@ -53,17 +52,14 @@ class ReplicaError(RuntimeError):
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-def is_safe(environ: Environ) -> bool:
-    """Whether the method of the request promises not to change anything."""
-    return environ.get("REQUEST_METHOD") in _SAFE
-
-
 class Router:
     """What the routes of one middleware have in common."""
 
     __slots__ = ("_is_listening", "cluster", "header_key", "primary", "read_only", "sticky", "tokens")
 
-    def __init__(self, cluster: Cluster, tokens: Tokens, read_only: Callable[[Environ], object], sticky: float) -> None:
+    def __init__(
+        self, cluster: Cluster, tokens: Tokens, read_only: Callable[[Environ], object] | None, sticky: float
+    ) -> None:
         self._is_listening = False
         self.cluster = cluster
         self.primary = cluster.primary.engine
@@ -71,9 +67,6 @@ class Router:
         self.header_key = tokens.header_key
         self.read_only = read_only
         self.sticky = max(1, round(sticky + 0.5))
-
-    def route(self, environ: Environ) -> Route:
-        return Route(self, environ)
 
     def listen(self, session_class: type[Session]) -> None:
         """Listen to its engines, and have the sessions of that class ask for theirs."""
@@ -117,14 +110,17 @@ class Route:
     _home = ""
     _trial: Trial | None = None
 
-    def __init__(self, router: Router, environ: Environ) -> None:
+    def __init__(self, router: Router, environ: Environ, forward: StartResponse) -> None:
         self._router = router
+        #: The ``start_response`` of the server, or of whoever is before it.
+        self.forward = forward
         self._environ = environ
         # Now: they are the application's to change.
         self._cookies: str | None = environ.get("HTTP_COOKIE")
         self._header: str | None = environ.get(router.header_key)
         #: Whether a replica may serve it.
-        self.may_read = router.read_only(environ)
+        read_only = router.read_only
+        self.may_read = environ.get("REQUEST_METHOD") in _SAFE if read_only is None else read_only(environ)
         if not self.may_read:
             self.reason = "not a safe request"
 
@@ -176,7 +172,8 @@ class Route:
         router = self._router
         cluster, now = router.cluster, monotonic()
         primary = cluster.primary
-        primary.check(now)
+        if now >= primary.due:
+            primary.check(now)
         if self._cookies is not None and self._header is None:
             # Nearly always: a visitor who is at home somewhere, and has nothing else to tell.
             home_cookie = router.tokens.fresh_home(self._cookies)
@@ -312,13 +309,17 @@ class Route:
 
     # What the visitor is told
 
-    def start_response(self, forward: StartResponse, status: str, headers: Headers, *exc_info: Any) -> Any:
+    def start_response(self, status: str, headers: Headers, exc_info: Any = None) -> Any:
         """The headers leave."""
         self._begun = True
-        if self._at_home and not self._used_primary:
-            return forward(status, headers, *exc_info)
-        added = self._headers()
-        return forward(status, [*headers, *added] if added else headers, *exc_info)
+        if not self._at_home or self._used_primary:
+            headers = [*headers, *self._headers()]
+        if exc_info is None:
+            return self.forward(status, headers)
+        try:
+            return self.forward(status, headers, exc_info)
+        finally:
+            exc_info = None  # its traceback refers to frames that refer to it
 
     def _headers(self) -> Headers:
         router = self._router
@@ -377,14 +378,9 @@ class _Routed(SessionScope):
             if self._state is State.ENDED:
                 self.route.ends()
 
-    def _commit(self, session: Session) -> None:
+    def _has_lost_nothing(self, error: BaseException) -> bool:
         assert self.route is not None
-        try:
-            super()._commit(session)
-        except DBAPIError as error:
-            if not (error.connection_invalidated and self.route.only_reads_too_late(self)):
-                raise
-            self._roll_back(session)
+        return getattr(error, "connection_invalidated", False) and self.route.only_reads_too_late(self)
 
     def _leave(self) -> None:
         super()._leave()
@@ -464,11 +460,16 @@ def _divert(session_class: Any) -> None:
 
         def get_bind(self: Any, *args: Any, **options: Any) -> Engine | Connection:
             bind: Engine | Connection = original(self, *args, **options)
-            unit = None if here.get() is None else unit_of(self)
-            # A bind that was asked for by name stays what it is.
-            if unit is None or unit.route is None or options.get("bind") is not None:
+            frame = here.get()
+            if frame is None:
                 return bind
-            return unit.route.bind(bind)
+            unit = frame.unit
+            # Nearly always the innermost one is that of this session.
+            if unit is None or unit.binder.peek(unit) is not self:
+                unit = unit_of(self)
+            route = None if unit is None else (unit.within or unit).route
+            # A bind that was asked for by name stays what it is.
+            return bind if route is None or options.get("bind") is not None else route.bind(bind)
 
         get_bind._is_diverted = True  # type: ignore[attr-defined]
         session_class.get_bind = get_bind

@@ -310,19 +310,26 @@ class SessionScope(Watched):
             try:
                 self._commit(session)
             except BaseException as error:
-                self._fail(error)
+                lost_nothing = self._has_lost_nothing(error)
+                if not lost_nothing:
+                    self._fail(error)
                 with self._first_error_stays():
                     self._roll_back(session)
-                if self.callbacks is not None:
-                    self._tell_callbacks()
-                log.debug("%s: rolled back (the commit failed: %s)", self, type_name(error))
-                raise
+                if not lost_nothing:
+                    if self.callbacks is not None:
+                        self._tell_callbacks()
+                    log.debug("%s: rolled back (the commit failed: %s)", self, type_name(error))
+                    raise
             outcome = "committed"
         if self.callbacks is not None:
             self._tell_callbacks()
         if log.isEnabledFor(logging.DEBUG):
             why = "" if self._doomed is None else f" (doomed: {self._doomed!r})"
             log.debug("%s: %s%s", self, outcome, why)
+
+    def _has_lost_nothing(self, error: BaseException) -> bool:
+        """Whether there was nothing that a commit could have kept, so that it does not matter that it has failed."""
+        return False
 
     def _end(self) -> None:
         """Conclude, remove the session whatever happens, unbind, and run what is due."""

@@ -24,7 +24,7 @@ from sqlalchemy.orm import sessionmaker
 from ._cluster import Cluster
 from ._errors import type_name, why_unusable
 from ._retry import check_number
-from ._routing import ReplicaError, Router, is_safe
+from ._routing import ReplicaError, Router
 from ._tokens import Tokens
 from ._watching import session_class_of
 
@@ -89,7 +89,7 @@ class ReadReplicas:
         unusable = why_unusable(read_only)
         if read_only is not None and unusable:
             raise TypeError(f"read_only must be a callable that takes the environ, or None, not {unusable}")
-        self._read_only = is_safe if read_only is None else read_only
+        self._read_only = read_only
         if positions is not None and not isinstance(positions, bool):
             raise TypeError(f"positions must be True, False or None, not an object of type {type_name(positions)}")
         self._positions = positions

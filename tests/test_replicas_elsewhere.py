@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from sa_wsgi_session import SessionMiddleware, contextual_session, current_scope
 from sa_wsgi_session._cluster import Replica
 from sa_wsgi_session.replicas import ReadReplicas, ReplicaError
 from tests.replicated import SECRET, Site, Visitor
-from tests.support import Base, Note, make_environ, note
+from tests.support import Base, Note, make_session, note
 
 # -- arguments --------------------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit_the_session_is_told_when_the_middleware_is_made(engin
     with pytest.raises(ValueError, match="positions must be False, or None, for 'sqlite'"):
         SessionMiddleware(app, sessionmaker(primary), replicas=ReadReplicas(others, secret=SECRET, positions=True))
     with pytest.raises(TypeError, match="session must be a sessionmaker, or a scoped_session of one"):
-        SessionMiddleware(app, scoped_session(lambda: Session(primary)), replicas=replicas)
+        SessionMiddleware(app, make_session("thread-local", lambda: Session(primary)), replicas=replicas)
     with pytest.raises(ValueError, match=r"bound to an Engine where there are replicas, .*, not to nothing"):
         SessionMiddleware(app, sessionmaker(), replicas=replicas)
     with primary.connect() as connection, pytest.raises(ValueError, match="not to an object of type sqlalchemy"):
@@ -292,5 +292,5 @@ def test_an_exception_with_replicas_is_the_applications_own(copies):
 
     application = SessionMiddleware(fails, copies.Session, replicas=copies.replicas)
     with pytest.raises(LookupError):
-        application(make_environ(), lambda *_: None)
+        Visitor(application).request()
     assert copies.served == [0, 0]

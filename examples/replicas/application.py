@@ -19,7 +19,7 @@ from sa_wsgi_session.replicas import ReadReplicas
 Base: Any = declarative_base()
 
 
-class Line(Base):
+class Line(Base):  # type: ignore[misc]
     __tablename__ = "lines"
     number = Column(Integer, primary_key=True)
     text = Column(String(200), nullable=False)
