@@ -144,13 +144,10 @@ class Route:
 
     def use_primary(self, scope: SessionScope) -> None:
         if self.replica is not None:
-            if self._sent:
-                raise RuntimeError(
-                    f"use_primary() of {scope} was called after a statement had been sent to {self.replica.name}: call "
-                    f"it before the first one, or let read_only(environ) of ReadReplicas say so"
-                )
-            self.replica.serving.discard(self)
-            self.replica = None
+            raise RuntimeError(
+                f"use_primary() of {scope} was called after a statement had been sent to {self.replica.name}: call "
+                f"it before the first one, or let read_only(environ) of ReadReplicas say so"
+            )
         self.may_read, self.reason, self._decided = False, "use_primary()", True
 
     def bind(self, bind: Engine | Connection) -> Engine | Connection:

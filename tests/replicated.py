@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import QueuePool
 
 from sa_wsgi_session import SessionMiddleware
 from sa_wsgi_session.observers import FinishedUnit
@@ -63,9 +64,14 @@ class Visitor:
 class Site:
     """An application whose database has replicas."""
 
-    def __init__(self, primary: URL, replicas: list[URL], registry: str = "thread-local", **options: Any) -> None:
-        self.primary = sa.create_engine(primary, pool_size=5, max_overflow=0)
-        self.engines = [sa.create_engine(url, pool_size=5, max_overflow=0) for url in replicas]
+    def __init__(
+        self, primary: URL, replicas: list[URL], registry: str = "thread-local", *, pings: bool = False, **options: Any
+    ) -> None:
+        pool: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 5, "max_overflow": 0, "pool_pre_ping": pings}
+        if primary.get_backend_name() == "sqlite":
+            pool["connect_args"] = {"check_same_thread": False}
+        self.primary = sa.create_engine(primary, **pool)
+        self.engines = [sa.create_engine(url, **pool) for url in replicas]
         self.Session: Any = make_session(registry, sessionmaker(self.primary))
         self.replicas = ReadReplicas(self.engines, **{"secret": SECRET, **options})
         self.units: list[FinishedUnit] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import sessionmaker
 
-from sa_wsgi_session import RetryPolicy, current_scope, session_scope
+from sa_wsgi_session import RetryPolicy, SessionMiddleware, current_scope, session_scope
 from tests.replicated import Site, Sites, Visitor, make_sites
 from tests.servers import Replicated
-from tests.support import REGISTRIES, note
+from tests.support import REGISTRIES, make_session, note
 
 #: Of the standbys of ``replicated``.
 FRESH, LATE = 0, 1
@@ -183,10 +185,14 @@ def test_a_predicate_knows_better_than_the_method(sites):
 def test_another_database_of_the_session_stays_what_it_is(fresh_site, sqlite_url):
     site = fresh_site
     other = sa.create_engine(sqlite_url)
-    site.Session.configure(binds={sa.Table("other", sa.MetaData()): other})
+    table = sa.Table("other", sa.MetaData(), sa.Column("text", sa.String(9)))
+    table.create(other)
+    with other.begin() as connection:
+        connection.execute(sa.insert(table), [{"text": "3."}])
+    site.Session.configure(binds={table: other})
 
     def view() -> list[bytes]:
-        there = site.Session.execute(sa.text("SELECT sqlite_version()"), bind_arguments={"bind": other}).scalar()
+        there = site.Session.execute(sa.select(table.c.text)).scalar()
         explicit = site.Session.execute(sa.text("SELECT inet_server_port()"), bind_arguments={"bind": site.primary})
         assert explicit.scalar() == site.primary.url.port
         return [there[:2].encode(), *site.where()]
@@ -238,8 +244,6 @@ def test_a_visitor_sees_their_own_write_at_once_and_the_replica_comes_later(late
 
 
 def _middleware(site: Site, **options: Any) -> Any:
-    from sa_wsgi_session import SessionMiddleware
-
     return SessionMiddleware(
         read_or_add(site), site.Session, **{"replicas": site.replicas, "observer": site.units.append, **options}
     )
@@ -563,8 +567,6 @@ def test_it_is_done_there_whatever_the_application_makes_of_the_refusal(fresh_si
         start_response(status, [])
         return []
 
-    from sa_wsgi_session import SessionMiddleware
-
     visitor = Visitor(SessionMiddleware(app, site.Session, replicas=site.replicas))
     assert visitor.exchange("/swallow").status == "200 OK"
     visitor.app = site.app(site.texts)
@@ -662,13 +664,44 @@ def test_where_all_replicas_are_down_the_primary_serves(sites):
 
 def test_a_visitor_of_a_replica_that_was_started_anew_sees_nothing_older(sites, fresh_site):
     site = fresh_site
-    visitor = next(readers_of_each(site, site.app(site.where)))
+    app = site.app(site.where)
+    visitor, other = (next(readers_of_each(site, app)) for _ in range(2))
     sites.servers.standbys[FRESH].restart()
-    visitor.app = site.app(site.where)
     while visitor.request() == "primary":
         pass
     assert site.units[-1].engine_reason == "least busy"  # it is another one, although it is the same
     assert len(visitor.set_cookies) == 1
+    # By now it is known.
+    other.request()
+    assert site.units[-1].engine_reason in ("least busy", "no replica is fresh enough")
+
+
+def test_a_connection_that_the_pool_has_replaced_is_to_a_server_that_was_started_anew(sites):
+    with sites.make(FRESH, pings=True) as site:
+        app = site.app(site.where)
+        visitor = next(readers_of_each(site, app))
+        sites.servers.standbys[FRESH].restart()
+        # The pool notices, and nobody else does; but the visitor was told of the one before.
+        visitor.request()
+        assert site.units[-1].status == 200
+        assert site.units[-1].attempts == 2
+
+
+def test_reads_go_on_without_the_primary(sites, fresh_site, warnings):
+    site = fresh_site
+    app = site.app(site.where)
+    visitor = next(readers_of_each(site, app))
+    primary = sites.servers.primary
+    primary.stop()
+    try:
+        site.replicas._router.cluster.primary.due = 0.0  # it is time to ask again
+        assert visitor.request() == "replica 1 of 1"
+        assert warnings == ["the primary does not tell its position: how far replicas lag is not known meanwhile"]
+        with pytest.raises(sa.exc.DBAPIError):
+            visitor.request(method="POST")
+    finally:
+        primary.start()
+    sites.wait(FRESH, LATE)
 
 
 def test_a_replica_that_lags_leaves_the_rotation(sites, warnings):
@@ -781,3 +814,82 @@ def test_a_standby_that_begins_further_back_when_it_is_started_anew_shows_nobody
     finally:
         standby.execute("ALTER SYSTEM RESET recovery_min_apply_delay")
         standby.execute("SELECT pg_reload_conf()")
+
+
+def test_a_position_that_another_process_has_told_is_believed(sites, late_site):
+    reader = next(readers_of_each(late_site, _middleware(late_site)))
+    with sites.make(LATE) as other:
+        reader.app, app = _middleware(other), reader.app
+        reader.request("/1", "POST")
+        reader.app = app
+        assert reader.request() == "/1"
+        assert late_site.units[-1].engine_reason == "no replica is fresh enough"
+
+
+def test_an_error_page_of_a_safe_request_tells_its_visitor_where_they_have_read(fresh_site):
+    site = fresh_site
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        site.where()
+        try:
+            raise LookupError
+        except LookupError:
+            start_response("404 Not Found", [], sys.exc_info())
+        return []
+
+    visitor = Visitor(SessionMiddleware(app, site.Session, replicas=site.replicas))
+    assert visitor.exchange().status == "404 Not Found"
+    assert len(visitor.set_cookies) == 1
+
+
+def test_a_change_in_a_part_of_a_safe_request_is_done_on_the_primary(fresh_site):
+    site = fresh_site
+
+    def view() -> list[bytes]:
+        site.where()
+        with session_scope(site.Session, propagation="nested"):
+            add(site, "in a SAVEPOINT")
+        return site.texts()
+
+    assert site.visitor(view).request("/nested") == "in a SAVEPOINT"
+
+
+def test_a_session_of_its_own_within_another_units_part(fresh_site, sqlite_url):
+    site = fresh_site
+    other = sa.create_engine(sqlite_url)
+    OtherSession = make_session("thread-local", sessionmaker(other))
+
+    def view() -> list[bytes]:
+        with session_scope(OtherSession):
+            there = site.where()
+            by_hand = site.Session.session_factory()
+            assert by_hand.get_bind() is site.primary
+            by_hand.close()
+        return there
+
+    assert site.visitor(view).request() == "replica 1 of 1"
+    by_hand = site.Session.session_factory()
+    assert by_hand.get_bind() is site.primary
+    by_hand.close()
+    other.dispose()
+
+
+def test_a_callback_between_the_chunks_of_a_safe_request_may_write(late_site):
+    site = late_site
+
+    def view() -> Any:
+        current_scope().on_commit(lambda: add_by_somebody_else(site))
+        site.texts()
+        return iter([b"chunk"])
+
+    visitor = site.visitor(view)
+    visitor.request()
+    visitor.app = site.app(site.texts)
+    assert visitor.request() == "new"
+
+
+def test_an_error_on_a_replicas_engine_outside_of_requests_is_its_users(fresh_site):
+    fresh_site.app(fresh_site.where)
+    with fresh_site.engines[0].connect() as connection, pytest.raises(sa.exc.ProgrammingError):
+        connection.execute(sa.text("SELECT * FROM nowhere"))
