@@ -129,7 +129,7 @@ class Sites:
                 connection.execute(sa.delete(Note))
             self.wait(*standbys)
             yield site
-            assert not any(site.checked_out)
+            assert not any(site.checked_out), site.checked_out
             assert not any(site.served)
         finally:
             site.close()
