@@ -77,17 +77,25 @@ def ask(engine: Engine, question: str) -> Any:
 
 def _ask(engine: Engine, question: str) -> Any:
     here.set(None)
-    with engine.connect() as connection:
-        return connection.exec_driver_sql(question).first()
-
-
-def _without_transactions(engine: Engine) -> Engine:
-    """The same engine, with the same pool, but each statement is one round trip.
-
-    (An option of the connection would do, too, but SQLAlchemy 1.4 then loses track of one that breaks.)
-    """
-    automatic: Engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-    return automatic
+    pooled: Any = engine.raw_connection()
+    try:
+        driver = pooled.dbapi_connection
+        # No transaction: one round trip.  (SQLAlchemy's isolation_level does the same, but 1.4 loses a place in a pool
+        # when it takes that back from a connection that is broken.)
+        before = driver.autocommit if engine.dialect.name == "postgresql" else None
+        if before is not None:
+            driver.autocommit = True
+        cursor = driver.cursor()
+        cursor.execute(question)
+        row = cursor.fetchone()
+        cursor.close()
+        if before is not None:
+            driver.autocommit = before
+    except BaseException:
+        pooled.invalidate()
+        raise
+    pooled.close()
+    return row
 
 
 class Known(NamedTuple):
@@ -109,7 +117,6 @@ class Replica:
     def __init__(self, engine: Engine, name: str, identity: str, homes: dict[str, Replica], *, positions: bool) -> None:
         self.engine = engine
         self.dialect = engine.dialect
-        self._asked = _without_transactions(engine)
         #: For people.
         self.name = name
         #: For tokens: the same in each process that has the same configuration.
@@ -177,7 +184,7 @@ class Replica:
         """Ask it for its position; false if it does not answer."""
         asked = monotonic()
         try:
-            row = ask(self._asked, _ASK_REPLICA if self._positions else _ASK_ANY)
+            row = ask(self.engine, _ASK_REPLICA if self._positions else _ASK_ANY)
             if self._positions:
                 self._learns_from(row, asked)
         except Exception as error:
@@ -195,7 +202,7 @@ class Replica:
     def is_ahead(self, snapshot: str) -> bool:
         """Whether it shows more than that snapshot of the primary."""
         _xmin, xmax, running = snapshot.split(":")
-        return bool(ask(self._asked, _ASK_AHEAD.format(xmax=int(xmax), running=running))[0])
+        return bool(ask(self.engine, _ASK_AHEAD.format(xmax=int(xmax), running=running))[0])
 
     # The rotation
 
@@ -244,7 +251,6 @@ class Primary:
 
     def __init__(self, engine: Engine, max_lag: float, *, positions: bool) -> None:
         self.engine = engine
-        self._asked = _without_transactions(engine)
         self.positions = positions
         #: What a replica in the rotation has replayed.
         self.floor = 0
@@ -262,7 +268,7 @@ class Primary:
     def ask(self) -> int:
         """Its position now: whatever was seen until now, there or on a replica, is not newer."""
         now = monotonic()
-        position: int = ask(self._asked, _ASK_PRIMARY)[0]
+        position: int = ask(self.engine, _ASK_PRIMARY)[0]
         with self._lock:
             # Also where it goes back: another server has taken its place.
             self.latest = position
@@ -289,7 +295,7 @@ class Primary:
 
     def snapshot(self) -> str:
         """What it shows now."""
-        return str(ask(self._asked, _ASK_SNAPSHOT)[0])
+        return str(ask(self.engine, _ASK_SNAPSHOT)[0])
 
     def check(self, now: float) -> None:
         """Ask it now and then."""
