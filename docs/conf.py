@@ -12,6 +12,8 @@ version = release = _metadata["Version"]
 extensions = ["sphinx.ext.autodoc"]
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 nitpicky = True
 
 autodoc_member_order = "bysource"
@@ -20,5 +22,8 @@ autodoc_typehints_description_target = "documented"
 # Types that other projects document. Their inventories would have to come over the network.
 nitpick_ignore_regex = [
     ("py:.*", r"(sqlalchemy|webob|wsgiref|_typeshed|contextlib|contextvars|collections|typing|types)\..*"),
-    ("py:class", "Session"),
+    ("py:.*", r"(logging|time|opentelemetry|prometheus_client|pytest)\..*"),
+    ("py:class", "(Session|CollectorRegistry|TracerProvider|_T)"),
+    # Python's own exceptions and types, by their names alone.
+    ("py:.*", r"(AssertionError|ResourceWarning|TypeError|ValueError|RuntimeError|OSError)"),
 ]

@@ -5,7 +5,8 @@ A callback belongs to the transaction, or to the SAVEPOINT, in which it was regi
 * a SAVEPOINT is released → its callbacks belong to the transaction around it;
 * a SAVEPOINT is rolled back, or a transaction is → ``on_rollback`` callbacks are due,
   ``on_commit`` ones are dropped;
-* a transaction is durable → ``on_commit`` callbacks are due, ``on_rollback`` ones are dropped.
+* a transaction is durable → ``on_commit`` callbacks are due, ``on_rollback`` ones are dropped;
+* a transaction has gone without a word → it was not committed: its ``ROLLBACK`` has failed.
 
 What is due is run by the scope, later, when no session is bound.
 """
@@ -38,10 +39,12 @@ class _Waiting:
 class Callbacks:
     """The callbacks of one unit of work, in the order in which they were registered."""
 
-    __slots__ = ("_number", "_waiting", "due")
+    __slots__ = ("_number", "_transaction", "_waiting", "due")
 
     def __init__(self) -> None:
         self._number = 0
+        #: The transaction in progress, until its end is told.
+        self._transaction: SessionTransaction | None = None
         self._waiting: list[_Waiting] = []
         #: Those whose time has come, in that order.
         self.due: list[_Waiting] = []
@@ -50,9 +53,16 @@ class Callbacks:
         self._number += 1
         self._waiting.append(_Waiting(self._number, callback, on_commit, savepoint))
 
+    def within(self, transaction: SessionTransaction | None) -> None:
+        """The session is in *transaction*, or in none."""
+        if self._transaction is not None and self._transaction is not transaction:
+            self.ended(None)
+        self._transaction = transaction
+
     def committed(self, savepoint: SessionTransaction | None) -> None:
         """*savepoint* was released, or (``None``) the transaction is durable."""
         if savepoint is None:
+            self._transaction = None
             self._settle([], self._waiting, committed=True)
             return
         around = savepoint.parent
@@ -68,6 +78,7 @@ class Callbacks:
         What still belongs to it then was not committed: :meth:`committed` comes first.
         """
         if savepoint is None:
+            self._transaction = None
             self._settle([], self._waiting, committed=False)
         else:
             self._settle(

@@ -145,7 +145,6 @@ class session_scope:
         """The unit of work of this block, if it is one of its own, has ended."""
         if self._watcher is not None and self._sight is not None:
             self._sight.finish()
-            self._sight = None
 
     def _leave(self, within: SessionScope, error: BaseException | None) -> None:
         """Leave a unit that this block has joined; others end it, or have done so."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from random import uniform
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING
@@ -104,6 +106,14 @@ def _nothing_to_rewind() -> bool:
     return True
 
 
+def _nothing() -> None:
+    return None
+
+
+def _itself(error: BaseException) -> BaseException:
+    return error
+
+
 class Trial:
     """One attempt at a unit of work under a policy: what it meets and does, and whether another one follows."""
 
@@ -114,8 +124,8 @@ class Trial:
     #: The transaction of a session in which that was, and the SAVEPOINT in it; none if it was on another connection.
     _transaction: SessionTransaction | None = None
     _savepoint: SessionTransaction | None = None
-    #: What has come of it, in the session of a part.
-    _refusal: BaseException | None = None
+    #: What has come of it, in the session of a part; as long as anybody else keeps that.
+    _refusal: Callable[[], BaseException | None] = staticmethod(_nothing)
     #: What the session had sent by then.
     _watch: Watch | None = None
     #: Whether something that it did is durable, so that it can't be undone.
@@ -197,7 +207,11 @@ class Trial:
     def refuses(self, part: Watched, error: BaseException) -> None:
         """*error* ends a part of it that is not rolled back yet."""
         if self._is_pending(part):
-            self._refusal = error
+            # Its traceback refers to the frames that it has passed, a body's among them.
+            try:
+                self._refusal = weakref.ref(error)
+            except TypeError:  # one of Python's own
+                self._refusal = partial(_itself, error)
 
     @property
     def again(self) -> bool:
@@ -216,10 +230,10 @@ class Trial:
         # PostgreSQL refuses all that comes after a lost race, and so does a Session: with another error.
         lost = self._conflict if self._is_pending(unit) else None
         for link in _chain(error, self._outside, implicit=not self._has_gone_on(unit)):
-            if link is self._refusal:
+            if link is self._refusal():
                 lost = self._conflict
             lost = self.meets(link, unit, None) or lost
-        self._refusal = None  # its traceback refers to frames that refer to this
+        self._refusal = _nothing
         self._decide(unit, lost)
 
     def answered(self, unit: Watched) -> bool:

@@ -497,11 +497,13 @@ class SessionScope(Watched):
             root.callbacks = Callbacks()
         session = root.binder.peek(root)
         savepoint = session.get_nested_transaction() if session is not None else None
+        root.callbacks.within(None if session is None else session.get_transaction())
         root.callbacks.add(callback, on_commit=on_commit, savepoint=savepoint)
 
     def _tell_callbacks(self) -> None:
         """Settle the callbacks for which there was no transaction that could have told them."""
         assert self.callbacks is not None
+        self.callbacks.within(None)
         if self._refused or self._doomed is not None:
             self.callbacks.ended(None)
         else:

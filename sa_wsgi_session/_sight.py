@@ -103,6 +103,9 @@ class Sight:
         "warn_after",
     )
 
+    #: Whether the current transaction has become durable; ``None``: nobody knows.
+    _durable: bool | None
+
     def __init__(self, watcher: Watcher, *, adds_timing: bool = False) -> None:
         self._watcher = watcher
         self.warn_after = watcher.warn_after
@@ -112,8 +115,6 @@ class Sight:
         self._outcome = "nothing"
         #: The type of what has ended the attempt.
         self._error: str | None = None
-        #: Whether the current transaction has become durable; nobody may know.
-        self._durable: bool | None = False
         self._commits = self._rollbacks = self._statements = 0
         self._database_seconds = self._commit_seconds = 0.0
         self._connection_seconds = self._streaming_connection_seconds = 0.0
@@ -299,8 +300,6 @@ class ObservedStream(Stream):
             yield chunk
 
     def close(self) -> None:
-        if self._closed:
-            return
         try:
             super().close()
         finally:

@@ -312,6 +312,8 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     watching = unit is not None and unit.watching
     if unit is not None:
         # More than one where a session has several binds.
+        if unit.callbacks is not None:
+            unit.callbacks.within(session.get_transaction())
         others = [known for known in unit.connections if known is not connection and not known.closed]
         unit.connections = [*others, connection]
         if watching:

@@ -78,6 +78,7 @@ from sqlalchemy import dialects, engine_from_config
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.pool import Pool
 from sqlalchemy.util import asbool
 
 from ._binding import as_scoped_session, contextual_session
@@ -246,6 +247,13 @@ def _read_moment(section: _Section, key: str, value: Any) -> Any:
 def _read_style(section: _Section, key: str, value: Any) -> Any:
     if value not in _STYLES:
         section.refuse(key, "there is no such style")
+    return value
+
+
+def _read_pool(section: _Section, key: str, value: Any) -> Any:
+    # SQLAlchemy takes anything, and misses the methods of a pool at the first statement.
+    if not isinstance(value, Pool):
+        section.refuse(key, "it is the class of a pool" if isinstance(value, type) else "it is no pool")
     return value
 
 
@@ -423,6 +431,10 @@ _SETTINGS = {
         (
             "creator json_deserializer json_serializer poolclass",
             _Key(_read_callable, "the dotted name of a class or a function, such as sqlalchemy.pool:NullPool"),
+        ),
+        (
+            "pool",
+            _Key(_read_pool, "a pool that is made already, which a text cannot give; for its class there is poolclass"),
         ),
         ("echo echo_pool", _Key(_as_it_is, "true, false or debug")),
         ("pool_reset_on_return", _Key(_as_it_is, "rollback, commit or none")),

@@ -29,6 +29,7 @@ from tests.proof.programs import (
     Program,
     Raise,
     Read,
+    Remove,
     Rollback,
     Scope,
     Server,
@@ -138,6 +139,42 @@ FOUND = {
                 ),
             ]
         ),
+        attempts=2,
+    ),
+    "a callback is dropped with the transaction that goes without a word, because its rollback fails": Episode(
+        (
+            Job(
+                (
+                    OnCommit("works"),
+                    Arm("rollback", "plain", 1),
+                    Try((Read(), Remove())),
+                ),
+                decorated=False,
+            ),
+        ),
+        (),
+        "thread-local",
+        False,
+        "start",
+        1,
+    ),
+    "it is dropped before another transaction begins, too": episode(
+        Job(
+            (Read(), OnCommit("works"), Arm("rollback", "plain", 1), Try((Remove(),)), Add(), OnCommit("works")),
+            decorated=False,
+        )
+    ),
+    "and before another callback is registered": episode(
+        Job(
+            (Read(), OnCommit("works"), Arm("rollback", "plain", 1), Try((Remove(),)), OnRollback("works")),
+            decorated=False,
+        )
+    ),
+    "and at the end of a body": episode(
+        exchange([OK, OnCommit("works"), Arm("rollback", "plain", 1)], last=[Try((Read(), Remove()))]), commit_at="end"
+    ),
+    "a body that nobody closes, and that has lost a race in a request, is closed when it is dropped": episode(
+        exchange([OK, Inner(exchange([OK, Write()], [[Add(), Arm("execute", "race", 1)]], close=(), closes=0), False)]),
         attempts=2,
     ),
     "a connection that a part of its own has lost, and swallowed, is a lost race where that part is refused": episode(

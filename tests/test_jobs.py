@@ -1084,11 +1084,13 @@ def test_a_nested_part_that_ends_only_its_own_savepoint_is_taken_at_its_word(wor
     with session_scope(world.Session) as session:
         with session_scope(world.Session, propagation="nested"):
             write(session, "nested")
-            session.get_nested_transaction().commit()
+            own = session.get_nested_transaction()
+            assert own is not None
+            own.commit()
             # Of the block around it now.
-            session.begin_nested()
+            other = session.begin_nested()
             write(session, "after")
-        session.get_nested_transaction().rollback()
+        other.rollback()
     assert world.durable() == ["nested"]
 
 

@@ -481,6 +481,20 @@ def test_settings_reach_the_engine_as_what_they_mean(folder):
     assert engine.logging_name == "notes"
 
 
+def test_a_pool_that_is_made_already_is_used(folder):
+    folder.database()
+    pool = sa.create_engine(f"sqlite:///{folder.path / 'notes.sqlite'}").pool
+    app = filter_app_factory(
+        paste_fixtures.make_writer({}),
+        None,
+        session=Maker,
+        **{"sqlalchemy.url": "sqlite://", "sqlalchemy.pool": pool},
+    )
+    request(app, "/kept")
+    assert folder.notes() == {"kept"}
+    assert bind_of(app.session).pool is pool
+
+
 def test_settings_of_a_dialect_are_read_too(folder):
     folder.section(SCOPED, "sqlalchemy.url = sqlite://", "sqlalchemy.native_datetime = false")
     assert bind_of(Scoped).dialect.native_datetime is False
@@ -1137,6 +1151,14 @@ REFUSED_OBJECTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "environ_key, bytes": (
         {"environ_key": b"key"},
         ["environ_key = <bytes>", "no text", "accepted", "sa_wsgi_session"],
+    ),
+    "a pool, its class": (
+        {"sqlalchemy.url": "sqlite://", "sqlalchemy.pool": NullPool},
+        ["sqlalchemy.pool = <", "the class of a pool", "accepted", "poolclass"],
+    ),
+    "a pool, its name": (
+        {"sqlalchemy.url": "sqlite://", "sqlalchemy.pool": "sqlalchemy.pool:NullPool"},
+        ["sqlalchemy.pool = 'sqlalchemy.pool:NullPool'", "no pool", "accepted", "poolclass"],
     ),
     "a URL, a number": ({"sqlalchemy.url": 1}, ["sqlalchemy.url = 1", "no text", "accepted", "postgresql://"]),
     "a URL of SQLAlchemy's": (

@@ -2448,7 +2448,9 @@ def test_an_is_transient_that_fails_changes_nothing(
     else:
         assert tried.answers().content == b"sorry"
     assert tried.attempts == [1]
-    assert all("is_transient failed" in warning and "secret" not in warning for warning in warnings_of(caplog))
+    told = warnings_of(caplog)
+    assert told or make_app is not respond
+    assert all("is_transient failed" in warning and "secret" not in warning for warning in told)
 
 
 def test_an_is_transient_that_fails_does_not_hide_the_races_that_are_known(postgresql_world: World) -> None:
@@ -2574,6 +2576,8 @@ def test_what_is_no_policy_is_refused(take: Callable[[Any], Any], value: Any, sh
 
 def test_a_policy_can_be_shared_because_it_does_not_change() -> None:
     policy = RetryPolicy()
+    # Of the documentation.
+    assert policy == RetryPolicy(3, delay=0.05, max_delay=1, deadline=10, max_body=2**20, is_transient=None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.attempts = 4  # type: ignore[misc]
     assert policy == RetryPolicy()

@@ -416,6 +416,17 @@ def test_the_outcome_is_that_of_the_last_attempt(world: World, seen: Seen) -> No
     assert (seen.one.attempts, seen.one.outcome, seen.one.rollbacks) == (2, "nothing", 1)
 
 
+def test_a_request_that_ends_before_its_unit_of_work_begins_is_nothing_to_tell_of(world: World, seen: Seen) -> None:
+    class Gone:
+        def read(self, size: int = -1) -> bytes:
+            raise OSError("the client has gone")
+
+    app = serve(world, lambda: [b""], observer=seen, retry=RetryPolicy())
+    with pytest.raises(OSError, match="has gone"):
+        Exchange(app, {**make_environ(method="POST"), "wsgi.input": Gone(), "CONTENT_LENGTH": "9"})
+    assert seen == []
+
+
 def test_attempts_that_are_used_up(world: World, seen: Seen) -> None:
     def view() -> Any:
         raise OperationalError("UPDATE", {}, Exception())
@@ -639,6 +650,21 @@ def test_the_header(world: World) -> None:
     assert exchange.headers[:1] == PLAIN
     # The application's own list is as it was.
     assert PLAIN == [("Content-Type", "text/plain")]
+
+
+def test_the_header_says_what_the_observer_is_told(world: World, seen: Seen) -> None:
+    """In milliseconds, as the W3C demands."""
+
+    def view() -> list[bytes]:
+        world.Session.add(note("one"))
+        return [b""]
+
+    exchange = request(serve(world, view, server_timing=True, observer=seen))
+    unit = seen.one
+    database, statements, commit, attempts = timing_of(exchange)
+    assert f"{database:.3f}" == f"{1000 * unit.database_seconds:.3f}"
+    assert f"{commit:.3f}" == f"{1000 * unit.commit_seconds:.3f}"
+    assert (statements, attempts) == (unit.statements, unit.attempts)
 
 
 def test_a_header_of_the_applications_own_stays(world: World) -> None:

@@ -480,7 +480,8 @@ class Run:
         self._raised = False
 
     def share(self, environ: dict[str, Any]) -> None:
-        self._environ = {**environ, "proof.run": self}
+        # That of a body that is dropped has nothing in it any more.
+        self._environ = {"wsgi.file_wrapper": FileWrapper, **environ, "proof.run": self}
 
     def calls(self) -> Iterator[Callable[[], None]]:
         """The calls that the server makes, one after the other."""

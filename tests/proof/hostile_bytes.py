@@ -122,6 +122,9 @@ def raws(draw: Any) -> Raw:
     if wrong == "cut":
         data = data[: draw(st.integers(0, len(data) - 1))]
     manner = draw(st.sampled_from(MANNERS))
+    if wrong == "cut" and data.endswith((b"0", b"0\r", b"0\r\n", b"0\r\n\r")):
+        # The last chunk has begun: of the body nothing is missing, which is enough for cheroot.
+        return Raw(data, "any", manner)
     if wrong == "cut" or frame.endswith("cut"):
         # Whoever waited for the answer would wait until the server has enough of it.
         return Raw(data, "cut", draw(st.sampled_from(MANNERS[:2])))

@@ -36,9 +36,7 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     harness = Harness(tmp_path_factory.mktemp("harness"))
-    # What is there by now stays: to look through it after each episode would take more time than the episode.
-    gc.collect()
-    gc.freeze()
+    freeze()
     yield harness
     gc.unfreeze()
     harness.close()
@@ -61,9 +59,20 @@ def test_an_episode_ends_as_the_promises_say(
     @given(episodes(registry, commit_at, attempts))
     def check(episode: Episode) -> None:
         compare(harness, episode, seen)
+        if seen["episodes"] % 100 == 0:
+            freeze()
 
     check()
     tell(f"{registry}, {commit_at}, {attempts}", seen)
+
+
+def freeze() -> None:
+    """What is there by now stays, what Hypothesis remembers among it.
+
+    To look through all that after each episode would soon take more time than the episode.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def compare(harness: Harness, episode: Episode, seen: Counter[str]) -> None:
