@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import sessionmaker
 
-from sa_wsgi_session import RetryPolicy, SessionMiddleware, current_scope, session_scope
+from sa_wsgi_session import RetryPolicy, SessionMiddleware, _cluster, current_scope, session_scope
 from tests.replicated import Site, Sites, Visitor, make_sites
 from tests.servers import Replicated
 from tests.support import REGISTRIES, make_session, note
@@ -702,6 +702,13 @@ def test_reads_go_on_without_the_primary(sites, fresh_site, warnings):
     finally:
         primary.start()
     sites.wait(FRESH, LATE)
+    site.primary.dispose()  # the connections that it has lost
+    asked = site.replicas._router.cluster.primary
+    assert not asked._answers
+    asked.due = 0.0
+    visitor.request()
+    assert asked._answers
+    assert len(warnings) == 1
 
 
 def test_a_replica_that_lags_leaves_the_rotation(sites, warnings):
@@ -786,6 +793,30 @@ def test_a_visitor_who_has_seen_a_commit_on_a_replica_before_the_primary_shows_i
     writer.join()
     poster.join()
     assert seen == ["new"]
+
+
+def test_a_visitor_does_not_wait_for_ever_until_the_primary_shows_what_they_have_seen(sites, fresh_site, monkeypatch):
+    site = fresh_site
+    reader = next(readers_of_each(site, _middleware(site)))
+    primary = sites.servers.primary
+    primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    primary.execute("SELECT pg_reload_conf()")
+    writer = threading.Thread(target=add_by_somebody_else, args=(site,))
+    writer.start()
+    seen: list[str] = []
+    try:
+        while reader.request() != "new":
+            pass
+        reader.app = site.app(site.texts)
+        monkeypatch.setattr(_cluster, "_CATCHES_UP", -1.0)  # which is over as soon as it begins
+        poster = threading.Thread(target=lambda: seen.append(reader.request(method="POST")))
+        poster.start()
+        poster.join(20)  # else it would wait for what comes after this
+        assert seen == [""]
+    finally:
+        primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        primary.execute("SELECT pg_reload_conf()")
+        writer.join()
 
 
 def test_a_standby_that_begins_further_back_when_it_is_started_anew_shows_nobody_the_past(sites, fresh_site):

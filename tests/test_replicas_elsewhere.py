@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session, sessionmaker
 
 from sa_wsgi_session import SessionMiddleware, contextual_session, current_scope
-from sa_wsgi_session._cluster import Replica
+from sa_wsgi_session._cluster import Cluster, Replica
 from sa_wsgi_session.replicas import ReadReplicas, ReplicaError
 from tests.replicated import SECRET, Site, Visitor
 from tests.support import Base, Note, make_session, note
@@ -294,3 +295,54 @@ def test_an_exception_with_replicas_is_the_applications_own(copies):
     with pytest.raises(LookupError):
         Visitor(application).request()
     assert copies.served == [0, 0]
+
+
+def test_a_replica_that_has_failed_is_asked_whether_it_answers(copies):
+    app = copies.app(copies.where)
+    Visitor(app).request()
+    replicas = copies.replicas._router.cluster.replicas
+    for replica in replicas:
+        replica.fails("of a test")
+        replica._until = float("inf")
+        replica.fails("of a request that was under way")
+    assert [replica.failures for replica in replicas] == [1, 1]
+    replicas[0]._until = 0.0  # its time is over
+    assert Visitor(app).request() == "1"
+    assert [replica.failures for replica in replicas] == [0, 1]
+
+
+def test_a_replica_that_answers_again_and_lags_stays_out_of_the_rotation(copies):
+    app = copies.app(copies.where)
+    Visitor(app).request()
+    cluster = copies.replicas._router.cluster
+    cluster.primary.floor = 1
+    for replica in cluster.replicas:
+        replica.fails("of a test")
+        replica._until = 0.0
+    assert Visitor(app).request() == "0"
+    assert [replica.failures for replica in cluster.replicas] == [2, 2]
+
+
+def test_a_replica_that_was_started_anew_when_the_body_begins_does_not_serve_it(copies):
+    def view() -> Any:
+        copies.where()
+        return body()
+
+    def body() -> Any:
+        [replica] = [replica for replica in copies.replicas._router.cluster.replicas if replica.serving]
+        replica.learns(0, 1, time.monotonic())
+        yield copies.where()[0]
+
+    with pytest.raises(ReplicaError, match="was started anew"):
+        copies.visitor(view).request()
+    assert copies.units[-1].attempts == 1
+
+
+def test_nobody_waits_for_who_asks_the_primary(engines):
+    cluster = Cluster(engines[0], engines[1:], key=b"key", max_lag=1.0, positions=True)
+    primary = cluster.primary
+    with primary._asking:
+        primary.check(0.0)
+    assert primary.due == float("-inf")  # it was not asked
+    primary.check(0.0)
+    assert primary.due > 0.0
