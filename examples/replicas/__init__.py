@@ -1,1 +1,0 @@
-"""A page whose database has two replicas: see its README.rst."""
