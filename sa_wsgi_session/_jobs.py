@@ -210,16 +210,19 @@ def with_session(
 
         @wraps(function)
         def in_scope(*args: Any, **kwargs: Any) -> _R:
-            if watcher is None or is_part():
-                return in_attempts(None, args, kwargs)
-            sight = watcher.job()
+            if (retry is None and watcher is None) or (
+                propagation != "requires_new" and innermost(binder.key) is not None
+            ):
+                return attempt(None, None, args, kwargs)
+            sight = None if watcher is None else watcher.job()
             try:
                 return in_attempts(sight, args, kwargs)
             finally:
-                sight.finish()
+                if sight is not None:
+                    sight.finish()
 
         def in_attempts(sight: Sight | None, args: Any, kwargs: Any) -> _R:
-            if retry is None or is_part():
+            if retry is None:
                 return attempt(None, sight, args, kwargs)
             trial = Trial(retry)
             while True:
@@ -230,9 +233,6 @@ def with_session(
                         raise
                 # Out here: what comes up in the next attempt does not come of this exception.
                 trial = trial.next()
-
-        def is_part() -> bool:
-            return propagation != "requires_new" and innermost(binder.key) is not None
 
         def attempt(trial: Trial | None, sight: Sight | None, args: Any, kwargs: Any) -> _R:
             unit = session_scope(session, propagation=propagation, name=name)

@@ -301,9 +301,9 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     unit = unit_of(session)
     watching = unit is not None and unit.watching
     if unit is not None:
-        # More than one where a session has several binds.
         if unit.callbacks is not None:
             unit.callbacks.within(session.get_transaction())
+        # More than one where a session has several binds.
         others = [known for known in unit.connections if known is not connection and not known.closed]
         unit.connections = [*others, connection]
         if watching:

@@ -35,7 +35,7 @@ from ._binding import binder_of, refuse_async
 from ._errors import shown, type_name, warn_of_error
 from ._shared_connection import IsolationError, SharedConnection, is_control
 from ._shared_pool import SharedPool
-from ._watching import Listeners, session_class_of
+from ._watching import Listeners, binds_of, session_class_of
 
 __all__ = ["IsolationError", "Statements", "count_statements", "isolated"]
 
@@ -54,9 +54,8 @@ def _root(engine: Engine) -> Engine:
 
 def _engines_of_factory(factory: Any) -> list[Engine]:
     """The engines that the sessions of *factory* use, as far as they can be told."""
-    options = getattr(factory, "kw", None) or {}
-    binds = [options.get("bind"), *(options.get("binds") or {}).values()]
-    if not any(binds):
+    binds: Sequence[Any] = binds_of(factory)
+    if not binds:
         session = factory()
         try:
             binds = _binds_of_session(session)
@@ -82,8 +81,7 @@ def _engines_of_binds(binds: Sequence[Any]) -> list[Engine]:
             raise ValueError(
                 "session must not be bound to a Connection, whose transaction is somebody else's: bind it to the Engine"
             )
-        if bind is not None:
-            engines.append(_root(bind))
+        engines.append(_root(bind))
     return engines
 
 
