@@ -23,7 +23,7 @@ autodoc_typehints_description_target = "documented"
 nitpick_ignore_regex = [
     ("py:.*", r"(sqlalchemy|webob|wsgiref|_typeshed|contextlib|contextvars|collections|typing|types)\..*"),
     ("py:.*", r"(logging|time|opentelemetry|prometheus_client|pytest)\..*"),
-    ("py:class", "(Session|CollectorRegistry|TracerProvider|_T)"),
+    ("py:class", "(Engine|Session|CollectorRegistry|TracerProvider|_T)"),
     # Python's own exceptions and types, by their names alone.
     ("py:.*", r"(AssertionError|ResourceWarning|TypeError|ValueError|RuntimeError|OSError)"),
 ]

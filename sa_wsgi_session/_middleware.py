@@ -47,8 +47,10 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
     from ._binding import SessionSource
+    from ._routing import Route, Router
     from ._sight import Sight, Watcher
     from .observers import Observer
+    from .replicas import ReadReplicas
 
     Environ: TypeAlias = "dict[str, Any]"
     Headers: TypeAlias = "list[tuple[str, str]]"
@@ -94,6 +96,7 @@ class SessionMiddleware:
     :param activate_hook: called as ``activate_hook(environ)``; false means: the request passes
         untouched.
     :param retry: how a request is replayed that has lost a race for the database; ``None``: it is not.
+    :param replicas: reads go to these; see :class:`~sa_wsgi_session.replicas.ReadReplicas`.  ``None``: there are none.
     :param observer: is called with a :class:`~sa_wsgi_session.observers.FinishedUnit` for each request that has ended.
     :param server_timing: whether responses have a ``Server-Timing`` header, which the developer tools of browsers show:
         for how long the database was busy until the response began, with how many statements, with the commit, and
@@ -120,7 +123,9 @@ class SessionMiddleware:
         "_is_listening",
         "_is_plain",
         "_keep_body",
+        "_make_route",
         "_retry",
+        "_router",
         "_scope_key",
         "_session_key",
         "_stream",
@@ -140,6 +145,7 @@ class SessionMiddleware:
         commit_at: str = "start",
         activate_hook: ActivateHook | None = None,
         retry: RetryPolicy | None = None,
+        replicas: ReadReplicas | None = None,
         observer: Observer | None = None,
         server_timing: bool | Callable[[Environ], object] = False,
         warn_after: float | None = None,
@@ -185,8 +191,15 @@ class SessionMiddleware:
                 f"environ_key={environ_key!r}, so neither could be told from the other in the "
                 f"environ: give one of them another environ_key"
             )
-        self._is_listening = listen(self._binder, trials=retry is not None)
-        if retry is not None:
+        self._router: Router | None = None
+        if replicas is not None:
+            from ._routing import Route
+            from .replicas import check_replicas
+
+            self._make_route = Route
+            self._router = check_replicas(replicas)._attach(self._binder)
+        self._is_listening = listen(self._binder, trials=retry is not None or replicas is not None)
+        if retry is not None or replicas is not None:
             from ._request_body import RequestBody
 
             self._keep_body = RequestBody
@@ -201,7 +214,7 @@ class SessionMiddleware:
 
             self._watcher = Watcher(self._binder, observer, server_timing, warn_after)
             self._stream: type[Stream] = ObservedStream
-        self._is_plain = retry is None and self._watcher is None
+        self._is_plain = retry is None and self._watcher is None and replicas is None
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         if self._activate_hook is not None and not self._activate_hook(environ):
@@ -253,8 +266,14 @@ class SessionMiddleware:
     def _replay(self, environ: Environ, start_response: StartResponse, sight: Sight | None = None) -> Iterable[bytes]:
         """Attempts at the request, as long as they lose races and the policy, if there is one, allows another one."""
         policy = self._retry
+        route: Route | None = None
+        if self._router is not None:
+            route = self._make_route(self._router, environ, start_response)
+            start_response = route.start_response
+            if policy is None and route.may_read:
+                policy = _NO_POLICY
         if policy is None:
-            return self._attempt(environ, start_response, None, sight)
+            return self._attempt(environ, start_response, None, sight, route)
         if not self._is_listening:
             # The session was bound since, perhaps.
             self._is_listening = listen(self._binder, trials=True)
@@ -266,7 +285,7 @@ class SessionMiddleware:
         as_it_was = environ.copy()
         while True:
             try:
-                return self._attempt(environ, start_response, trial, sight)
+                return self._attempt(environ, start_response, trial, sight, route)
             except Exception:
                 # Once more, because code of the application has run since: the close() of its body.
                 if not (trial.again and trial.rewind()):
@@ -282,13 +301,20 @@ class SessionMiddleware:
         start_response: StartResponse,
         trial: Trial | None = None,
         sight: Sight | None = None,
+        route: Route | None = None,
     ) -> Iterable[bytes]:
         binder = self._binder
-        scope = (SessionScope if sight is None else sight.scope)(
+        if route is None:
+            make_scope: Callable[..., SessionScope] = SessionScope if sight is None else sight.scope
+        else:
+            make_scope = route.attempt(sight, trial)
+        scope = make_scope(
             binder,
             (environ.get("REQUEST_METHOD", "?"), environ.get("PATH_INFO", "")),
             commit_at=self._commit_at,
         )
+        if route is not None:
+            cast(Any, scope).route = route
         if trial is None:
             scope.watching = True
         else:
@@ -312,7 +338,9 @@ class SessionMiddleware:
                     # A generator application calls start_response on its first next().
                     stream.pull()
             response.decide()
-            if trial is not None and response.status is not None and response.status[0] == "5":
+            if trial is not None and (
+                trial.elsewhere is not None or (response.status is not None and response.status[0] == "5")
+            ):
                 response.check()
             if stream is None:
                 # No code of the application can run any more.
@@ -335,6 +363,10 @@ class SessionMiddleware:
             return body  # type: ignore[no-any-return]
         stream.handed_on = True
         return stream
+
+
+#: For what is replayed where there is no policy: on another engine.
+_NO_POLICY = RetryPolicy(attempts=1)
 
 
 def _may_have_body(environ: Environ) -> bool:

@@ -137,6 +137,10 @@ class Trial:
     _decided = False
     _pause = 0.0
     _again = False
+    #: Why the engine that the attempt uses cannot serve it, and another one can; nothing if it can.
+    elsewhere: Conflict | None = None
+    #: How many attempts before this one have ended for that reason: the policy does not count them.
+    _moves = 0
     #: The exception, if any, that is handled where the unit of work is called: no attempt comes of it.
     _outside: BaseException | None = None
     number = 1
@@ -156,6 +160,8 @@ class Trial:
         time.sleep(self._pause)
         trial = Trial(self._policy)
         trial._began, trial.number, trial.rewind = self._began, self.number + 1, self.rewind
+        if self._moves or self.elsewhere is not None:
+            trial._moves = self._moves + (self.elsewhere is not None)
         return trial
 
     # What it is told by the listeners of ``_watching``
@@ -218,6 +224,9 @@ class Trial:
         """*error* ends the attempt: decide whether another one follows."""
         if self._decided or not isinstance(error, Exception):
             return
+        if self.elsewhere is not None:
+            self._decide(unit, self.elsewhere)
+            return
         # PostgreSQL refuses all that comes after a lost race, and so does a Session: with another error.
         lost = self._conflict if self._is_pending(unit) else None
         for link in _chain(error, self._outside, implicit=not self._has_gone_on(unit)):
@@ -229,7 +238,10 @@ class Trial:
 
     def answered(self, unit: Watched) -> bool:
         """The application has answered with an error of its own: decide whether another attempt follows."""
-        if not self._has_gone_on(unit):
+        if self.elsewhere is not None:
+            # Whatever it has made of that: it was told of an engine's trouble, and not of what it has asked for.
+            self._decide(unit, self.elsewhere)
+        elif not self._has_gone_on(unit):
             self._decide(unit, self._conflict)
         return self.again
 
@@ -263,7 +275,7 @@ class Trial:
         if lost is None:
             return
         self._decided = True
-        number, policy = self.number, self._policy
+        number, policy = self.number - self._moves, self._policy
         if self._unknown:
             log.warning(
                 "%s: the connection was lost during COMMIT, or the database could not tell its outcome (%s): whether "
@@ -272,6 +284,9 @@ class Trial:
             )
         elif self._committed or self._is_open_elsewhere(unit):
             log.debug("%s: attempt %d lost a race (%s) but has done what can't be undone", unit, number, lost.code)
+        elif lost is self.elsewhere:
+            self._again = self.rewind()
+            log.debug("%s: attempt %d cannot go on where it is (%s)", unit, self.number, lost.code)
         elif number < policy.attempts:
             self._pause = uniform(0, min(TIMEOUT_MAX, policy.max_delay, policy.delay * 2.0 ** min(number - 1, 64)))
             elapsed = time.monotonic() - self._began + self._pause

@@ -168,6 +168,18 @@ class SessionScope(Watched):
         self._check_running("doom()")
         self._doomed = reason
 
+    def use_primary(self) -> None:
+        """Have this request use the primary, although it might read from a replica; to be called before it reads.
+
+        :raises RuntimeError: if a statement was sent to a replica before.
+        :raises NoActiveScope: if the unit of work has ended.
+
+        Where there are no replicas, and in a unit of work that does not use any, it does nothing.
+        """
+        self._check_running("use_primary()")
+        if self.within is not None:
+            self.within.use_primary()
+
     def on_commit(self, callback: Callable[[], object]) -> None:
         """Call *callback* when what is done in the present transaction is durable.
 
@@ -298,19 +310,26 @@ class SessionScope(Watched):
             try:
                 self._commit(session)
             except BaseException as error:
-                self._fail(error)
+                lost_nothing = self._has_lost_nothing(error)
+                if not lost_nothing:
+                    self._fail(error)
                 with self._first_error_stays():
                     self._roll_back(session)
-                if self.callbacks is not None:
-                    self._tell_callbacks()
-                log.debug("%s: rolled back (the commit failed: %s)", self, type_name(error))
-                raise
+                if not lost_nothing:
+                    if self.callbacks is not None:
+                        self._tell_callbacks()
+                    log.debug("%s: rolled back (the commit failed: %s)", self, type_name(error))
+                    raise
             outcome = "committed"
         if self.callbacks is not None:
             self._tell_callbacks()
         if log.isEnabledFor(logging.DEBUG):
             why = "" if self._doomed is None else f" (doomed: {self._doomed!r})"
             log.debug("%s: %s%s", self, outcome, why)
+
+    def _has_lost_nothing(self, error: BaseException) -> bool:
+        """Whether there was nothing that a commit could have kept, so that it does not matter that it has failed."""
+        return False
 
     def _end(self) -> None:
         """Conclude, remove the session whatever happens, unbind, and run what is due."""

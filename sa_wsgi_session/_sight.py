@@ -123,9 +123,16 @@ class Sight:
         self._started = time.time()
         self._began = perf_counter()
 
-    def scope(self, binder: Binder, name: str | tuple[object, object], *, commit_at: str = "start") -> ObservedScope:
+    def scope(
+        self,
+        binder: Binder,
+        name: str | tuple[object, object],
+        *,
+        commit_at: str = "start",
+        kind: type[ObservedScope] | None = None,
+    ) -> ObservedScope:
         """Make the next attempt at it."""
-        self._scope = scope = ObservedScope(binder, name, commit_at=commit_at)
+        self._scope = scope = (ObservedScope if kind is None else kind)(binder, name, commit_at=commit_at)
         scope.sight = self
         self._error, self._outcome = None, "nothing"
         return scope
@@ -144,10 +151,12 @@ class Sight:
     def _server_timing(self) -> str:
         # https://www.w3.org/TR/server-timing/: durations are in milliseconds.
         assert self._scope is not None
+        route = self._scope.route
+        engine = "" if route is None or route.engine is None else f', engine;desc="{route.engine}: {route.reason}"'
         return (
             f'db;dur={1000 * self._database_seconds:.3f};desc="statements: {self._statements}", '
             f"commit;dur={1000 * self._commit_seconds:.3f}, "
-            f'attempts;desc="{self._scope.attempt}"'
+            f'attempts;desc="{self._scope.attempt}"{engine}'
         )
 
     def failed(self, error: BaseException) -> None:
@@ -236,6 +245,8 @@ class Sight:
             seconds=perf_counter() - self._began,
             streamed=streamed,
             complete=complete,
+            engine=None if scope.route is None else scope.route.engine,
+            engine_reason=None if scope.route is None or scope.route.engine is None else scope.route.reason,
         )
         self._scope = None
         try:
@@ -371,7 +382,7 @@ def _sight() -> Sight | None:
         unit = frame.unit
         if unit is not None:
             root = unit.within or unit
-            if type(root) is ObservedScope:
+            if isinstance(root, ObservedScope):
                 return root.sight
         frame = frame.outer
     return None
@@ -380,12 +391,12 @@ def _sight() -> Sight | None:
 def _sight_of(session: Session) -> Sight | None:
     """That of the unit here whose session this is."""
     unit = unit_of(session)
-    return unit.sight if type(unit) is ObservedScope else None
+    return unit.sight if isinstance(unit, ObservedScope) else None
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     unit = unit_of(session)
-    if type(unit) is ObservedScope:
+    if isinstance(unit, ObservedScope):
         _measure(connection.dialect)
         unit.sight.begins()
     elif unit is None and _warning:

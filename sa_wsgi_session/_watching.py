@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
 
     from ._retry import Trial
+    from ._routing import Route
 
 
 class Watched(Unit):
@@ -58,6 +59,8 @@ class Watched(Unit):
     __slots__ = ("callbacks", "connections", "trial", "watch", "watching")
 
     within: Watched | None
+    #: Where it goes, if it may go to a replica; nothing for all others.
+    route: Route | None = None
     #: What the transaction uses (and perhaps what earlier ones used and gave back).
     connections: list[Connection]
     #: Whether somebody will want to know about open results and changes.
@@ -210,12 +213,19 @@ def binds_of(factory: object) -> list[Engine | Connection]:
     return [bind for bind in (options.get("bind"), *(options.get("binds") or {}).values()) if bind is not None]
 
 
+def listen_to_replica(engine: Engine) -> None:
+    """Listen to the statements of *engine*, on which nothing is ever committed."""
+    _TO_REPLICA.register(engine.dialect)
+    if not IS_EVENT_OF_DIALECT:
+        _TO_ENGINE_ON_TRIAL.register(engine)
+
+
 def _listen_to_connections(bind: Engine | Connection, trials: bool) -> bool:
     """Listen to all connections of *bind*; true: from now on only."""
     is_new = _TO_DIALECT.register(bind.dialect)
     if is_new and _there_are_policies:
         _tell_of_commits(bind.dialect)
-    if trials and not _IS_EVENT_OF_DIALECT:
+    if trials and not IS_EVENT_OF_DIALECT:
         _TO_ENGINE_ON_TRIAL.register(bind.engine)
     return is_new
 
@@ -310,6 +320,8 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
             if unit.watch is None or not others:
                 unit.watch = Watch()
             unit.watch.pooled.append(connection.connection)
+        if unit.route is not None and unit.route.begins(connection):
+            return  # to a replica, which is listened to, and where nothing can be done that is durable
     attempts = list(trials()) if _there_are_policies else []
     # Within an attempt, other sessions as well.
     if attempts or (unit is not None and watching and unit.binder.dialect is not connection.dialect):
@@ -341,9 +353,19 @@ def _do_execute(cursor: Any, statement: str, *parameters_and_context: Any) -> No
             own = watch is not None and (connection in unit.connections or connection.connection in watch.pooled)
             if own:
                 watch.statement(statement, context)
-            if trial is not None and (watch.changed if own else effect_of(statement)):
+            if (
+                trial is not None
+                and (watch.changed if own else effect_of(statement))
+                and not _on_replica(unit, context)
+            ):
                 _note_change(trial, statement, connection)
         frame = frame.outer
+
+
+def _on_replica(unit: Watched, context: Any) -> bool:
+    """Whether the statement goes to the replica that the unit reads from, which will refuse to change anything."""
+    route = unit.route
+    return route is not None and route.replica is not None and context.dialect is route.replica.engine.dialect
 
 
 def _note_change(trial: Trial, statement: str, connection: Connection) -> None:
@@ -456,7 +478,7 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
         frame = frame.outer
 
 
-_IS_EVENT_OF_DIALECT = not sqlalchemy_version.startswith("1.")
+IS_EVENT_OF_DIALECT = not sqlalchemy_version.startswith("1.")
 _ERRORS: _Functions = {"handle_error": _handle_error}
 
 _TO_SESSION = Listeners(
@@ -474,10 +496,11 @@ _STATEMENTS: _Functions = {
     "do_executemany": _do_execute,
     "do_execute_no_params": _do_execute,
 }
-_TO_DIALECT = Listeners(_STATEMENTS | _ERRORS if _IS_EVENT_OF_DIALECT else _STATEMENTS)
+_TO_REPLICA = Listeners(_STATEMENTS | _ERRORS if IS_EVENT_OF_DIALECT else _STATEMENTS)
+_TO_DIALECT = Listeners(_STATEMENTS | _ERRORS if IS_EVENT_OF_DIALECT else _STATEMENTS)
 # For attempts that may be replayed, in addition.
 _TO_SESSION_ON_TRIAL = Listeners({"after_soft_rollback": _after_soft_rollback})
-_TO_ENGINE_ON_TRIAL = Listeners({} if _IS_EVENT_OF_DIALECT else _ERRORS)
+_TO_ENGINE_ON_TRIAL = Listeners({} if IS_EVENT_OF_DIALECT else _ERRORS)
 
 
 def is_open(session: Session, savepoint: SessionTransaction) -> bool:

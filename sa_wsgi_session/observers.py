@@ -81,6 +81,11 @@ class FinishedUnit:
     streamed: bool
     #: Whether that was read to its end; true where it did not stream.
     complete: bool
+    #: Where there are read replicas: ``"primary"``, or which of them has served it, such as ``"replica 1 of 2"``.
+    #: ``None`` where there are none, and where nothing was asked of the database.
+    engine: str | None = None
+    #: Why that one.
+    engine_reason: str | None = None
 
 
 Observer = Callable[[FinishedUnit], object]

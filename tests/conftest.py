@@ -17,10 +17,12 @@ from sqlalchemy.engine import URL
 from tests.servers import (
     DatabaseServer,
     NotInstalled,
+    Replicated,
     WaitressServer,
     find_program,
     run_mariadb,
     run_postgresql,
+    run_replicated,
 )
 from tests.support import World, Worlds
 
@@ -74,6 +76,16 @@ def other_postgresql_url(postgresql: DatabaseServer, postgresql_url: URL) -> Ite
     """A second one, for what spans two databases."""
     with postgresql.database() as url:
         yield url.set(drivername=postgresql_url.drivername)
+
+
+@pytest.fixture(scope="session")
+def replicated() -> Iterator[Replicated]:
+    """A PostgreSQL primary with two standbys, of which the second one replays 150 milliseconds late."""
+    try:
+        with run_replicated() as servers:
+            yield servers
+    except NotInstalled as reason:
+        unavailable(reason)
 
 
 @pytest.fixture(scope="session")

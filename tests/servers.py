@@ -1,4 +1,4 @@
-"""Real servers for the tests: a PostgreSQL, a MariaDB, a Chromium and a waitress of one's own.
+"""Real servers for the tests: a PostgreSQL, with replicas too, a MariaDB, a Chromium and a waitress of one's own.
 
 Each is started by the fixtures of ``conftest.py`` on a free loopback port in a temporary folder, and needs nothing but
 the programs: no service that runs already, no account, no configuration. A database server does not outlive the tests,
@@ -91,6 +91,9 @@ class DatabaseServer:
         #: Lets it crash, and starts it again with what it has kept, on the same port.  What was committed is there only
         #: where it was started with ``keeps_commits``.
         self.restart: Callable[[], None]
+        #: The first half of that, and the second one.
+        self.stop: Callable[[], None]
+        self.start: Callable[[], None]
         self._pid_file = pid_file
         self._numbers = count(1)
 
@@ -190,6 +193,102 @@ def run_postgresql(*, max_prepared_transactions: int = 20, keeps_commits: bool =
             yield running
 
 
+class Replicated:
+    """A PostgreSQL primary, and its standbys, which stream from it."""
+
+    def __init__(self, primary: DatabaseServer, standbys: list[DatabaseServer]) -> None:
+        self.primary = primary
+        self.standbys = standbys
+
+    def wait_until_replayed(self) -> None:
+        """Wait until all standbys have replayed what the primary has done by now."""
+        ((position,),) = self.primary.execute("SELECT pg_current_wal_insert_lsn()")
+        deadline = time.monotonic() + SECONDS_TO_START
+        for standby in self.standbys:
+            nudge = time.monotonic() + 2
+            while not standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{position}'")[0][0]:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"a standby has not replayed {position}")
+                if time.monotonic() > nudge:
+                    # A position can be behind a page's header, where no record ends yet.
+                    self.primary.execute("SELECT pg_logical_emit_message(true, 'test', 'test')")
+                time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def run_replicated(*, delays: Sequence[int] = (0, 150)) -> Iterator[Replicated]:
+    """Run a PostgreSQL primary, and a standby for each of these delays.
+
+    :param delays: the standby's ``recovery_min_apply_delay``, in milliseconds.
+    """
+    folders = ["/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin"]
+    initdb = find_program("initdb", folders=folders)
+    basebackup = find_program("pg_basebackup", folders=folders)
+    postgres = find_program("postgres", folders=folders)
+    user = _server_user("postgres")
+
+    def running(folder: Path, **more: object) -> contextlib.AbstractContextManager[DatabaseServer]:
+        data = folder / "data"
+
+        def command(port: int) -> list[str]:
+            settings = {
+                "listen_addresses": "127.0.0.1",
+                "port": port,
+                "unix_socket_directories": "",
+                "fsync": "off",
+                "wal_level": "replica",
+                "hot_standby": "on",
+                "max_wal_senders": 10,
+                "max_connections": 200,
+                "max_prepared_transactions": 0,
+                # A standby that was down finds what it has missed.
+                "wal_keep_size": "1GB",
+                "wal_receiver_status_interval": "1s",
+                # How long a standby that has lost its primary waits until it looks for it again.
+                "wal_retrieve_retry_interval": "200ms",
+                "shared_buffers": "16MB",
+                "autovacuum": "off",
+                **more,
+            }
+            return [postgres, f"-D{data}", *(f"-c{name}={value}" for name, value in settings.items())]
+
+        def server(port: int) -> DatabaseServer:
+            return PostgreSQLServer(
+                URL.create(
+                    "postgresql+psycopg2", username="postgres", host="127.0.0.1", port=port, database="postgres"
+                ),
+                data / "postmaster.pid",
+            )
+
+        return _running(command, server, "QUIT", folder / "server.log", user)
+
+    with contextlib.ExitStack() as life:
+        folder = life.enter_context(_server_folder("postgresql", user))
+        _run(
+            [
+                *(initdb, "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C"),
+                f"-D{folder / 'data'}",
+            ],
+            folder / "initdb.log",
+            user,
+        )
+        primary = life.enter_context(running(folder))
+        standbys = []
+        for delay in delays:
+            folder = life.enter_context(_server_folder("standby", user))
+            _run(
+                [
+                    *(basebackup, "--no-sync", "--checkpoint=fast", "--write-recovery-conf", "--username=postgres"),
+                    *(f"--host={primary.url.host}", f"--port={primary.url.port}", f"--pgdata={folder / 'data'}"),
+                ],
+                folder / "basebackup.log",
+                user,
+            )
+            settings = {"recovery_min_apply_delay": f"{delay}ms"} if delay else {}
+            standbys.append(life.enter_context(running(folder, **settings)))
+        yield Replicated(primary, standbys)
+
+
 @contextlib.contextmanager
 def run_mariadb(*, keeps_commits: bool = False, options: Sequence[str] = ()) -> Iterator[DatabaseServer]:
     """Run a MariaDB server that trusts everybody and keeps nothing. The URL's driver is PyMySQL.
@@ -274,7 +373,9 @@ def _running(
                 if attempt == PORTS_TO_TRY or "in use" not in log.read_text(errors="replace"):
                     raise
                 continue
-            running.restart = partial(_restart, running, life, start)
+            running.start = start
+            running.stop = partial(_stop, running, life)
+            running.restart = partial(_restart, running)
             yield running
             return
 
@@ -291,11 +392,15 @@ def _start(
     _wait_until_it_answers(server, guard, log)
 
 
-def _restart(server: DatabaseServer, life: contextlib.ExitStack, start: Callable[[], None]) -> None:
+def _restart(server: DatabaseServer) -> None:
+    server.stop()
+    server.start()
+
+
+def _stop(server: DatabaseServer, life: contextlib.ExitStack) -> None:
     os.kill(server.pid, server.crash)
     # Waits until it is gone.
     life.close()
-    start()
 
 
 @contextlib.contextmanager

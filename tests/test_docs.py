@@ -47,9 +47,9 @@ __all__ = ["reader"]  # the fixture
 
 IDEAS, STREAMING, JOBS, RETRIES = "docs/ideas.rst", "docs/streaming.rst", "docs/jobs.rst", "docs/retries.rst"
 DATABASES, PRODUCTION, TUTORIAL = "docs/databases.rst", "docs/production.rst", "docs/tutorial.rst"
-OBSERVING, QUESTIONS = "docs/observing.rst", "docs/questions.rst"
+OBSERVING, QUESTIONS, REPLICAS = "docs/observing.rst", "docs/questions.rst", "docs/replicas.rst"
 
-section = Sections(IDEAS, STREAMING, JOBS, RETRIES, DATABASES, PRODUCTION, TUTORIAL, OBSERVING, QUESTIONS)
+section = Sections(IDEAS, STREAMING, JOBS, RETRIES, DATABASES, PRODUCTION, TUTORIAL, OBSERVING, QUESTIONS, REPLICAS)
 
 #: Who runs the blocks of the other pages.
 ELSEWHERE = {
@@ -1075,3 +1075,38 @@ def test_links_to_trackers_are_of_their_form_and_named_after_them():
         match = re.fullmatch(r"https://github\.com/[\w.-]+/([\w.-]+)/(?:issues|pull)/(\d+)", reference["refuri"])
         assert match, reference["refuri"]
         assert reference.astext().endswith(f"#{match[2]}")
+
+
+# -- docs/replicas.rst -------------------------------------------------------------------------------------------------
+
+
+@section(REPLICAS, "Read replicas")
+def test_reads_go_to_replicas_and_no_code_of_the_application_changes(reader, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLICAS_SECRET", "only for the tests, and longer than 32 characters")
+    reader.insert("primary")
+
+    def guests(environ: Any, start_response: Any) -> Any:
+        Session, Guest = reader["Session"], reader["Guest"]
+        if environ["REQUEST_METHOD"] == "POST":
+            Session.add(Guest(name=environ["PATH_INFO"].strip("/")))
+        names = Session.execute(sa.select(Guest.name).order_by(Guest.name)).scalars().all()
+        start_response("200 OK", [])
+        return [",".join(names).encode()]
+
+    reader.names |= {"os": os, "RetryPolicy": RetryPolicy, "primary": reader["engine"], "application": guests}
+    for name in "a", "b":
+        url = f"sqlite:///{tmp_path / name}"
+        replica = sa.create_engine(url)
+        reader["Base"].metadata.create_all(replica)
+        with replica.begin() as connection:
+            connection.execute(sa.insert(reader["Guest"]), [{"name": name}])
+        replica.dispose()
+        reader.names[f"url_{name}"] = url
+    reader.run()
+    application = reader["application"]
+    try:
+        assert {visit(application).content for _ in range(2)} == {b"a", b"b"}
+        assert visit(application, "/Ada", "POST").content == b"Ada,primary"
+    finally:
+        for engine in reader["replicas"]._engines:
+            engine.dispose()

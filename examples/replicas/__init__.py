@@ -1,0 +1,1 @@
+"""A page whose database has two replicas: see its README.rst."""
