@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session
@@ -276,12 +276,12 @@ class Route:
         if self._trial is not None:
             self._trial.elsewhere = conflict
 
-    def writes(self, scope: SessionScope, conflict: Conflict) -> None:
-        """A replica was asked for a change."""
+    def refuses(self, scope: SessionScope, what: _Refused, conflict: Conflict) -> None:
+        """No replica does what this attempt has asked for."""
         if self._trial is not None:
-            _warn_of_write(scope)
+            _warn_once(scope, what.warning)
             self._trial.elsewhere = conflict
-        self.may_read, self.reason = False, "a change in a safe request"
+        self.may_read, self.reason = False, what.reason
 
     def settled(self, *, waits: bool) -> None:
         """The view is done.
@@ -400,7 +400,27 @@ def _observed_kind() -> Any:
     return with_route(ObservedScope)
 
 
-# A change in a safe request
+# What only the primary does
+
+
+class _Refused(NamedTuple):
+    #: Why the request goes to the primary.
+    reason: str
+    #: What the log says, once.
+    warning: str
+
+
+_CHANGE = _Refused(
+    "a change in a safe request",
+    "%s: it changes something, although its method is safe, so that it is done a second time, on the primary; call "
+    "current_scope().use_primary() there, or give ReadReplicas a read_only(environ) that knows it",
+)
+_NOT_SUPPORTED = _Refused(
+    "not supported by a replica",
+    "%s: it asks for something that a replica does not support, such as the isolation level SERIALIZABLE, so that it "
+    "is done a second time, on the primary; call current_scope().use_primary() there, or give ReadReplicas a "
+    "read_only(environ) that knows it",
+)
 
 #: Patterns of paths that were told of.  The paths are the clients' choice, hence a bound.
 _told: set[str] = set()
@@ -409,17 +429,13 @@ _MOST_PATTERNS = 200
 _VARIABLE = re.compile(r"(?<=/)(?:[^/]*\d[^/]*|[^/]{25,})")
 
 
-def _warn_of_write(scope: SessionScope) -> None:
+def _warn_once(scope: SessionScope, warning: str) -> None:
     pattern = _VARIABLE.sub("*", str(scope))
     with lock:
         if pattern in _told or len(_told) >= _MOST_PATTERNS:
             return
         _told.add(pattern)
-    log.warning(
-        "%s: it changes something, although its method is safe, so that it is done a second time, on the primary; call "
-        "current_scope().use_primary() there, or give ReadReplicas a read_only(environ) that knows it",
-        pattern,
-    )
+    log.warning(warning, pattern)
 
 
 # The listeners
@@ -490,7 +506,7 @@ def _refuse_change(replica: Replica, _cursor: object, statement: str, *args: Any
         return
     scope = _route_here(replica)
     if scope is not None and scope.route is not None:
-        scope.route.writes(scope, Conflict("a change"))
+        scope.route.refuses(scope, _CHANGE, Conflict("a change"))
         raise ReplicaError(
             f"{scope} was about to change something on {replica.name}: call current_scope().use_primary() before the "
             f"first statement, or give ReadReplicas a read_only(environ) that knows it"
@@ -518,7 +534,8 @@ def _cannot_serve(replica: Replica, conflict: Conflict) -> None:
 _DOWN = ("08", "53", "57P")
 #: What a standby does to a query that is in the way of what it has to replay.
 _IN_THE_WAY = ("40001", "40P01")
-_READ_ONLY_TRANSACTION = "25006"
+#: A change, in a read-only transaction; and what a standby does not support (nor, perhaps, the primary).
+_ONLY_ON_PRIMARY = {"25006": _CHANGE, "0A000": _NOT_SUPPORTED}
 
 
 def sqlstate_of(error: BaseException | None) -> str:
@@ -544,5 +561,5 @@ def _on_error(replica: Replica, context: ExceptionContext) -> None:
         return
     if code in _IN_THE_WAY:
         scope.route.leaves(replica, conflict)
-    elif code == _READ_ONLY_TRANSACTION:
-        scope.route.writes(scope, conflict)
+    elif code in _ONLY_ON_PRIMARY:
+        scope.route.refuses(scope, _ONLY_ON_PRIMARY[code], conflict)

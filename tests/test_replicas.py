@@ -573,6 +573,21 @@ def test_it_is_done_there_whatever_the_application_makes_of_the_refusal(fresh_si
     assert visitor.request() == "new"
 
 
+def test_what_a_standby_does_not_support_is_done_on_the_primary_and_told_once(fresh_site, warnings):
+    site = fresh_site
+
+    def view() -> list[bytes]:
+        site.Session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        return [site.Session.execute(sa.text("SHOW transaction_isolation")).scalar().encode()]
+
+    visitor = site.visitor(view)
+    assert [visitor.request("/serializable") for _ in range(2)] == ["serializable"] * 2
+    unit = site.units[0]
+    assert (unit.attempts, unit.engine, unit.engine_reason) == (2, "primary", "not supported by a replica")
+    (warning,) = warnings
+    assert warning.startswith("GET /serializable: it asks for something that a replica does not support")
+
+
 def test_it_is_not_done_again_once_something_else_is_durable(fresh_site):
     site = fresh_site
 
