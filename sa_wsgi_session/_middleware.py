@@ -197,7 +197,7 @@ class SessionMiddleware:
             from .replicas import check_replicas
 
             self._make_route = Route
-            self._router = check_replicas(replicas)._attach(self._binder)
+            self._router = check_replicas(replicas)._attach(self._binder.factory)
         self._is_listening = listen(self._binder, trials=retry is not None or replicas is not None)
         if retry is not None or replicas is not None:
             from ._request_body import RequestBody

@@ -39,6 +39,8 @@ The keys of the section.  One of ``session`` and ``sqlalchemy.url`` is needed:
 ``retry.*``
     The parameters of a :class:`~sa_wsgi_session.RetryPolicy`, as in ``retry.attempts = 5``; any one of them asks for
     replays.  They are numbers, but ``retry.deadline`` may be ``none``, and ``retry.is_transient`` is a dotted name.
+``replicas``
+    The dotted name of a :class:`~sa_wsgi_session.replicas.ReadReplicas`.
 ``observer``
     The dotted name of a callable that takes a :class:`~sa_wsgi_session.observers.FinishedUnit`.
 ``server_timing``
@@ -116,8 +118,16 @@ def filter_factory(global_conf: Any, /, **local_conf: Any) -> Callable[[Applicat
         options["retry"] = RetryPolicy(**policy)
     settings = {key: section.read(key) for key in local_conf if key not in _KEYS}
     # At last, when nothing else can be wrong: a section that is refused leaves no trace.
+    factory = session.session_factory
+    before = factory.kw.get("bind") if isinstance(factory, sessionmaker) else None
     if settings:
-        _bind(section, session.session_factory, settings)
+        _bind(section, factory, settings)
+    if "replicas" in options:
+        error = _try(options["replicas"]._attach, factory)[1]
+        if error is not None:
+            if settings:
+                factory.configure(bind=before)
+            section.refuse("replicas", "the session cannot have them", cause=error)
 
     def session_filter(app: Application) -> SessionMiddleware:
         return SessionMiddleware(app, session, **options)
@@ -301,6 +311,16 @@ def _read_hook(section: _Section, key: str, value: Any) -> Any:
     return found
 
 
+def _read_replicas(section: _Section, key: str, value: Any) -> Any:
+    from .replicas import check_replicas
+
+    found = _read_text(_resolve, section, key, value, "the name cannot be resolved")
+    error = _try(check_replicas, found)[1]
+    if error is not None:
+        section.refuse(key, f"it is an object of type {type_name(found)}")
+    return found
+
+
 def _read_limit(section: _Section, key: str, value: Any) -> Any:
     found = _read_text(_number, section, key, value, "it cannot be read")
     error = _try(lambda: RetryPolicy(**{key[len(_RETRY) :]: found}))[1]
@@ -389,6 +409,7 @@ _KEYS = {
     "retry.is_transient": _Key(
         _read_hook, "the dotted name of a callable that takes an exception, such as package.module:is_transient"
     ),
+    "replicas": _Key(_read_replicas, "the dotted name of a ReadReplicas, such as package.module:replicas"),
     "observer": _Key(
         _read_hook, "the dotted name of a callable that takes a FinishedUnit, such as package.module:observer"
     ),

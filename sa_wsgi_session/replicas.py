@@ -29,7 +29,6 @@ from ._tokens import Tokens
 from ._watching import session_class_of
 
 if TYPE_CHECKING:
-    from ._binding import Binder
     from ._middleware import Environ
 
 __all__ = ["ReadReplicas", "ReplicaError"]
@@ -104,9 +103,9 @@ class ReadReplicas:
     def __repr__(self) -> str:
         return f"<ReadReplicas, engines: {len(self._engines)}>"
 
-    def _attach(self, binder: Binder) -> Router:
-        """Make the sessions of *binder* use them."""
-        primary = _primary_of(binder.factory)
+    def _attach(self, factory: object) -> Router:
+        """Make the sessions of *factory* use them."""
+        primary = _primary_of(factory)
         router = self._router
         if router is None:
             router = self._router = self._make_router(primary)
@@ -114,7 +113,7 @@ class ReadReplicas:
             raise ValueError(
                 "replicas is in use with a session that is bound to another primary: make a ReadReplicas for each"
             )
-        router.listen(session_class_of(binder.factory))
+        router.listen(session_class_of(factory))
         return router
 
     def _make_router(self, primary: Engine) -> Router:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import unquote
 
+from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 import sa_wsgi_session.paste
 from sa_wsgi_session import contextual_session
+from sa_wsgi_session.replicas import ReadReplicas
 from tests.support import PLAIN, note
 
 Scoped: Any = scoped_session(sessionmaker())
@@ -29,6 +31,9 @@ Homemade: Any = scoped_session(_factory)
 FACTORIES = (Scoped.session_factory, Other.session_factory, Maker, sa_wsgi_session.paste.Session.session_factory)
 
 number = 42
+
+#: Of a database that nobody has.
+replicas = ReadReplicas([create_engine("sqlite://")], secret=64 * "0")
 
 #: What an observer has been told.
 seen: list[Any] = []

@@ -33,6 +33,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 import sa_wsgi_session.paste
 from sa_wsgi_session import NoActiveScope, RetryPolicy, SessionMiddleware, session_scope
 from sa_wsgi_session.paste import filter_app_factory, filter_factory
+from sa_wsgi_session.replicas import ReadReplicas
 from tests import paste_fixtures
 from tests.paste_fixtures import Contextual, Maker, Other, Scoped
 from tests.support import PLAIN, Base, Exchange, Note, note, request
@@ -658,6 +659,40 @@ def test_the_keys_of_what_is_to_be_seen(folder):
     assert app._watcher is None
 
 
+def test_the_key_of_the_replicas(folder, monkeypatch):
+    primary, replica = folder.database("primary"), sa.create_engine(folder.database("replica"))
+    monkeypatch.setattr(paste_fixtures, "replicas", ReadReplicas([replica], secret=64 * "1"))
+    with Session(replica) as session:
+        session.add(note("old"))
+        session.commit()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        if environ["REQUEST_METHOD"] == "POST":
+            Scoped.add(note("new"))
+        start_response("200 OK", PLAIN)
+        return [str(Scoped.execute(sa.select(Note.text)).scalars().all()).encode()]
+
+    paste_fixtures.seen.clear()
+    app = folder.serve(
+        app,
+        SCOPED,
+        f"sqlalchemy.url = {primary}",
+        "replicas = tests.paste_fixtures:replicas",
+        "observer = tests.paste_fixtures:seen.append",
+    )
+    assert request(app).content == b"['old']"
+    assert request(app, "/", "POST").content == b"['new']"
+    assert [unit.engine for unit in paste_fixtures.seen] == ["replica 1 of 1", "primary"]
+    # Another section with the same settings shares the engine, and so can share these.
+    folder.section(SCOPED, f"sqlalchemy.url = {primary}", "replicas = tests.paste_fixtures:replicas")
+    replica.dispose()
+
+
+def test_a_section_whose_replicas_are_refused_leaves_no_trace(folder):
+    refusal(lambda: folder.section(SCOPED, URL_LINE, "replicas = tests.paste_fixtures:replicas"), "cannot have them")
+    assert bind_of(Scoped) is None
+
+
 def test_two_databases_have_two_environ_keys(folder):
     for name in "left", "right":
         folder.database(name)
@@ -751,7 +786,7 @@ def refusal(load: Callable[[], Any], *words: str) -> str:
 SCOPED = "session = tests.paste_fixtures:Scoped"
 URL_LINE = "sqlalchemy.url = postgresql+psycopg2://me:s3cret@localhost/notes"
 POLICY = "retry.attempts, retry.delay, retry.max_delay, retry.deadline, retry.max_body, retry.is_transient"
-SIGHT = "observer, server_timing, warn_after"
+SIGHT = "replicas, observer, server_timing, warn_after"
 KEYS = f"session, commit_veto, commit_at, activate_hook, environ_key, {POLICY}, {SIGHT}, sqlalchemy.url"
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
@@ -787,6 +822,18 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a test of errors that is a class": (
         [SCOPED, "retry.is_transient = builtins:ValueError"],
         ["retry.is_transient = 'builtins:ValueError'", "the class builtins.ValueError", "dotted name"],
+    ),
+    "replicas that are none": (
+        [SCOPED, "replicas = tests.paste_fixtures:Scoped"],
+        ["replicas = 'tests.paste_fixtures:Scoped'", "scoped_session", "the dotted name of a ReadReplicas"],
+    ),
+    "replicas of nothing": (
+        [SCOPED, "replicas = tests.paste_fixtures:replicas"],
+        ["replicas = ", "cannot have them", "must be bound to an Engine", "the dotted name of a ReadReplicas"],
+    ),
+    "replicas of another dialect": (
+        [SCOPED, URL_LINE, "replicas = tests.paste_fixtures:replicas"],
+        ["replicas = ", "cannot have them", "'sqlite'", "'postgresql'", "the dotted name of a ReadReplicas"],
     ),
     "an observer that is a class": (
         [SCOPED, "observer = sa_wsgi_session.observers:PrometheusObserver"],
@@ -1278,7 +1325,7 @@ def test_every_key_is_documented(text):
     documented = {"retry.*" if key.startswith("retry.") else key for key in documented}
     assert documented == {
         "session", "sqlalchemy.url", "sqlalchemy.*", "commit_veto", "commit_at", "activate_hook", "environ_key",
-        "retry.*", "observer", "server_timing", "warn_after",
+        "retry.*", "replicas", "observer", "server_timing", "warn_after",
     }  # fmt: skip
     accepted = refusal(lambda: filter_factory({}, fnord="23")).partition("accepted: ")[2]
     named = set(re.findall(r"[a-z_.*]+[a-z_*]", accepted)) - {"and", "other", "keys"}
