@@ -847,6 +847,7 @@ class Stream:
             )
         finally:
             try:
+                self._scope._forget_what_is_gone()
                 self.close()
             except BaseException as error:
                 warn_of_error(error, "%s: closing the dropped body failed", self._scope)

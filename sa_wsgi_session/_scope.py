@@ -37,6 +37,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
 
+from sqlalchemy import inspect
 from sqlalchemy.orm import Session
 
 from ._binding import NOWHERE, Binder, Unit, binder_of, innermost, is_here, unwind
@@ -330,6 +331,29 @@ class SessionScope(Watched):
     def _has_lost_nothing(self, error: BaseException) -> bool:
         """Whether there was nothing that a commit could have kept, so that it does not matter that it has failed."""
         return False
+
+    def _forget_what_is_gone(self) -> None:
+        """Nobody will end this unit of work, and what refers to it is about to be destroyed.
+
+        Where Python's garbage collector does that, because of a cycle, it clears the weak references to all that goes
+        before anything is told.  A session then has its objects still, but none of their values, and would flush empty
+        ones.
+        """
+        self.binder.enter(self)
+        try:
+            session = self.binder.peek(self)
+            if session is None:
+                return
+            states = [*map(inspect, session.new), *session.identity_map.all_states()]
+            if any(state.object is None for state in states):
+                log.warning(
+                    "%s: the objects of its session have gone with the body that was dropped; its transaction is "
+                    "rolled back, and nothing of it is left to be committed",
+                    self,
+                )
+                session.close()
+        finally:
+            self.binder.pause(self)
 
     def _end(self) -> None:
         """Conclude, remove the session whatever happens, unbind, and run what is due."""

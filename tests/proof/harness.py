@@ -314,6 +314,23 @@ class Harness:
         self.database.close()
 
 
+class ObjectsHaveGone(Exception):
+    """The garbage collector was the first to find a body that was dropped: what its session had is gone with it.
+
+    Who finds it first is up to the references that exceptions keep, of which the oracle knows nothing.
+    """
+
+
+class _Log(logging.Handler):
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self._stage = stage
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "have gone with the body" in str(record.msg):
+            self._stage.objects_have_gone = True
+
+
 class Stage:
     """One episode, while it is played."""
 
@@ -327,6 +344,7 @@ class Stage:
         self._ambient: dict[bool, Any] = {}
         #: Bodies of which nobody will be told that they are over.
         self.unclosed = 0
+        self.objects_have_gone = False
 
     def play(self) -> Trace:
         with self._watched() as told:
@@ -336,6 +354,8 @@ class Stage:
         unclosed = sum("was dropped without a call to its close()" in message for message in told)
         self._expect(unclosed == self.unclosed, f"{self.unclosed} bodies were not closed, told of {unclosed}")
         self._expect(len(told) == unclosed, f"warned of something else: {told}")
+        if self.objects_have_gone:
+            raise ObjectsHaveGone
         return self.trace
 
     def _take_turns(self) -> None:
@@ -444,7 +464,7 @@ class Stage:
         told: list[str] = []
         logger = logging.getLogger("sa_wsgi_session")
         propagates, logger.propagate = logger.propagate, False
-        handler = logging.NullHandler()
+        handler = _Log(self)
         logger.addHandler(handler)
         try:
             with warnings.catch_warnings():

@@ -834,6 +834,8 @@ class Response:
         if self._unit.begun:
             self._start_late(status, error)
             return
+        if self.failed and self.misuse is not None:
+            raise Unspecified("start_response(), after its error has been told to the server")
         try:
             if error is None and (self.status is not None or self.misuse is not None):
                 raise Thrown(TWICE)

@@ -139,6 +139,10 @@ threading.excepthook = _ends_a_thread
 _logger = logging.getLogger("sa_wsgi_session")
 _logger.addHandler(_Log(logging.WARNING))
 _logger.propagate = False
+# CPython looks through all objects when a quarter as many have come since, which is 10 MB of tracebacks and sessions
+# here. What survives in their midst keeps its whole page. Without all that is imported it looks far more often.
+gc.collect()
+gc.freeze()
 
 
 class _Rest:

@@ -403,10 +403,13 @@ def test_a_section_is_refused_or_serves(loader: Loader, tell: Tell) -> None:
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
+#: With this key the section is that of another filter, of which PasteDeploy makes what it can.
+ANOTHER_FILTER = b"paste.filter_factory"
+
 lines = (
     st.builds(
         lambda key, between, value: f"{key}{between}{value}",
-        keys | st.sampled_from(["use", "set session", "get sqlalchemy.url", "filter-with", "paste.filter_factory"]),
+        keys | st.sampled_from(["use", "set session", "get sqlalchemy.url", "filter-with", ANOTHER_FILTER.decode()]),
         st.sampled_from([" = ", " = ", "=", ": ", " ", "\n  ", " =\n"]),
         values
         | st.sampled_from(["egg:sa_wsgi_session", "egg:sa_wsgi_session#fnord", "egg:fnord", "config:no.ini", "here"]),
@@ -456,9 +459,12 @@ def test_a_file_is_refused_or_serves(loader: Loader, tell: Tell) -> None:
                 wrap = loadfilter(f"config:{path}")
             except Exception as error:
                 assert kind != "good"
-                outcomes[assert_refused(error, has_secret=kind == "secret")] += 1
+                if is_ours(error) or ANOTHER_FILTER not in text:
+                    outcomes[assert_refused(error, has_secret=kind == "secret")] += 1
                 assert loader.bound() == [None] * 4
             else:
+                if ANOTHER_FILTER in text and not getattr(wrap, "__module__", "").startswith("sa_wsgi_session"):
+                    return  # whatever that is
                 middleware = wrap(lambda environ, start_response: [b""])
                 assert hasattr(middleware, "session")
                 outcomes["loaded"] += 1

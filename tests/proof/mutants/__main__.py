@@ -66,6 +66,8 @@ SECONDS_OF_A_MUTANT = float(os.environ.get("MUTANTS_SECONDS", "30"))
 FIRST = 30
 #: What runs other code, reads the documents, or needs a browser; and the proof itself.
 IGNORED = ("frameworks", "proof", "test_docs.py", "test_ledger_browser.py", "test_readme.py", "test_servers.py")
+#: Each process that runs one of these starts three servers: they come last.
+SLOW_TO_BEGIN = ("tests/test_replicas.py", "tests/test_replicas_load.py")
 #: Imported once and not for each mutant; they know nothing of the package.
 IMPORTED = (
     "psycopg",
@@ -257,6 +259,7 @@ class Tests:
         number = {test: next(rounds[test.partition("[")[0]]) for test in fast_first}
         various_first = sorted(fast_first, key=number.__getitem__)
         order = dict.fromkeys([*known, *chain.from_iterable(zip(narrow_first, various_first, strict=True))])
+        order = dict.fromkeys(sorted(order, key=lambda test: test.startswith(SLOW_TO_BEGIN)))
         total = accumulate(self._seconds[test] for test in order)
         return [test for test, seconds in zip(order, total, strict=True) if seconds <= SECONDS_OF_A_MUTANT]
 
