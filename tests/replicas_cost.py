@@ -73,20 +73,22 @@ def contender(*, with_replicas: bool, positions: bool = False, retry: RetryPolic
 
 def main(rounds: int) -> None:
     contenders = {
-        "without replicas": contender(with_replicas=False),
-        "with replicas": contender(with_replicas=True),
-        "with replicas and positions": contender(with_replicas=True, positions=True),
-        "without replicas, with a RetryPolicy": contender(with_replicas=False, retry=RetryPolicy()),
-        "with replicas, with a RetryPolicy": contender(with_replicas=True, retry=RetryPolicy()),
+        (policy, replicas): contender(
+            with_replicas=replicas != "without replicas",
+            positions="positions" in replicas,
+            retry=RetryPolicy() if policy == "with a RetryPolicy" else None,
+        )
+        for policy in ("without a RetryPolicy", "with a RetryPolicy")
+        for replicas in ("without replicas", "with replicas", "with replicas and positions")
     }
     fastest = dict.fromkeys(contenders, float("inf"))
     for _ in range(rounds):
         for name, run in contenders.items():
             fastest[name] = min(fastest[name], run())
-    base = fastest["without replicas"]
     print("microseconds of a request that reads; the fastest of", rounds, "rounds of", REQUESTS)
-    for name, microseconds in fastest.items():
-        print(f"{name:40} {microseconds:8.2f} {microseconds - base:+8.2f}")
+    for (policy, replicas), microseconds in fastest.items():
+        more = microseconds - fastest[policy, "without replicas"]
+        print(f"{policy:22} {replicas:28} {microseconds:8.2f} {more:+8.2f}")
 
 
 if __name__ == "__main__":

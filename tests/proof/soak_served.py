@@ -24,7 +24,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from urllib.parse import urlsplit
 
 from sa_wsgi_session import session_scope
 from tests.proof.soak_views import DATABASE, TALLY, fail_in_a_callback, make_engine, make_stacks
@@ -139,10 +140,6 @@ threading.excepthook = _ends_a_thread
 _logger = logging.getLogger("sa_wsgi_session")
 _logger.addHandler(_Log(logging.WARNING))
 _logger.propagate = False
-# CPython looks through all objects when a quarter as many have come since, which is 10 MB of tracebacks and sessions
-# here. What survives in their midst keeps its whole page. Without all that is imported it looks far more often.
-gc.collect()
-gc.freeze()
 
 
 class _Rest:
@@ -168,6 +165,8 @@ def _state() -> dict[str, Any]:
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         # Python keeps what it has printed the traceback of, which uWSGI has it do; and with it a whole request.
         sys.__dict__.pop(name, None)
+    # It keeps the last 128 URLs, and each of them its page of memory, of which nothing else may be in use.
+    cast(Any, urlsplit).cache_clear()
     # Twice: finalizers that ran the first time may have left something.
     gc.collect()
     gc.collect()
