@@ -1392,20 +1392,20 @@ def test_a_body_that_is_dropped_while_another_request_runs_leaves_that_alone(wor
 
 @pytest.mark.parametrize("change", ["a new object", "an object that is loaded"])
 def test_a_body_that_is_dropped_in_a_cycle_commits_no_objects_without_values(
-    any_world: World, change: str, log: pytest.LogCaptureFixture
+    world: World, change: str, log: pytest.LogCaptureFixture
 ) -> None:
-    any_world.insert("loaded")
+    world.insert("loaded")
 
     def view() -> Any:
-        write(any_world, "flushed")
-        any_world.Session.flush()
+        write(world, "flushed")
+        world.Session.flush()
         if change == "a new object":
-            any_world.Session.add(Note(text="pending"))
+            world.Session.add(Note(text="pending"))
         else:
-            any_world.Session.execute(sa.select(Note).filter_by(text="loaded")).scalar_one().text = "changed"
-        return Body([b"1", b"2"], any_world.Session.commit)
+            world.Session.execute(sa.select(Note).filter_by(text="loaded")).scalar_one().text = "changed"
+        return Body([b"1", b"2"], world.Session.commit)
 
-    exchanges: list[Any] = [Exchange(serve(any_world, view, commit_at="end"), make_environ("/dropped"))]
+    exchanges: list[Any] = [Exchange(serve(world, view, commit_at="end"), make_environ("/dropped"))]
     exchanges[0].next()
     # It is only the garbage collector who finds this one.
     exchanges.append(exchanges)
@@ -1414,8 +1414,8 @@ def test_a_body_that_is_dropped_in_a_cycle_commits_no_objects_without_values(
         gc.collect()
     (warning,) = warnings_of(log)
     assert "GET /dropped: the objects of its session have gone with the body" in warning
-    assert any_world.durable() == ["loaded"]
-    assert any_world.checked_out == 0
+    assert world.durable() == ["loaded"]
+    assert world.checked_out == 0
 
 
 def test_what_fails_in_a_body_that_is_dropped_is_logged(one_world: World, log: pytest.LogCaptureFixture) -> None:

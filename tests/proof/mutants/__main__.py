@@ -4,10 +4,10 @@
 
     python -m tests.proof.mutants                  # all modules
     python -m tests.proof.mutants _scope paste     # these alone
-    python -m tests.proof.mutants --again          # what survived the last time, after tests were added
+    python -m tests.proof.mutants --again          # what survived the last time, or was not tried
 
-``tox -e mutants`` does the first.  It takes hours, on as many processes as there are processors.  The last
-needs ``$PROOF_REPORT``, and modules that are what they were then.
+``tox -e mutants`` does the first.  It takes hours, on as many processes as there are processors; Ctrl-C keeps what is
+known by then.  The last needs ``$PROOF_REPORT``, and takes what it finds there of modules that are what they were then.
 
 Everything happens in copies of the checkout.  First the tests run there once, and are measured: how long each takes,
 and which lines it runs.  Then, for each mutant, the tests that run the changed line are run until one fails: first
@@ -341,31 +341,32 @@ def run_share(folder: Path, number: int) -> None:
     for name in IMPORTED:
         with suppress(ImportError):
             import_module(name)
-    results: Results = {}
 
     def tell(mutant: Mutant, outcome: str, test: str) -> None:
-        results[key_of(mutant)] = outcome, test
+        with (folder / f"results{number}").open("a") as file:
+            print(json.dumps([*key_of(mutant), outcome, test]), file=file)
         print(outcome, test, f"\n{shown(key_of(mutant))}", file=sys.__stdout__, flush=True)
 
     tests = Tests(Path.cwd())
     tests.measure()
     tests.notice(pickle.loads((folder / f"mutants{number}").read_bytes()), tell)
-    (folder / f"results{number}").write_bytes(pickle.dumps(results))
 
 
-def run(mutants: Sequence[Mutant], folder: Path, packages: str | None, seconds: float) -> Results:
+def run(mutants: Sequence[Mutant], results: Results, folder: Path, packages: str | None, seconds: float) -> None:
     """Try these mutants, on as many processes as there are processors.
 
+    :param results: to be completed.
     :param packages: a folder of packages that come before those that are installed.
     :param seconds: how long the tests of one may take.
     """
     numbers = range(os.cpu_count() or 1)
     # Of one function all, so that what has noticed one of them is tried first for the next.
     functions = {place: number for number, place in enumerate(dict.fromkeys(map(place_of, mutants)))}
-    results: Results = {}
     with ExitStack() as stack:
         running = []
         for number in numbers:
+            # Whatever else happens.
+            stack.callback(collect, folder / f"results{number}", results)
             copy = folder / str(number) / "copy"
             shutil.copytree(folder / "original", copy)
             stack.callback(shutil.rmtree, copy)
@@ -376,13 +377,19 @@ def run(mutants: Sequence[Mutant], folder: Path, packages: str | None, seconds: 
             environ.pop("PYTHONDONTWRITEBYTECODE", None)
             command = [sys.executable, "-m", "tests.proof.mutants", "--share", str(folder), str(number)]
             running.append(stack.enter_context(subprocess.Popen(command, cwd=copy, env=environ)))
-        for number, process in enumerate(running):
-            if process.wait() != 0:
-                for each in running:
-                    each.terminate()
-                raise SystemExit(f"process {number} has failed")
-            results |= pickle.loads((folder / f"results{number}").read_bytes())
-    return results
+        try:
+            for number, process in enumerate(running):
+                if process.wait() != 0:
+                    raise SystemExit(f"process {number} has failed")
+        finally:
+            for each in running:
+                each.terminate()
+
+
+def collect(path: Path, results: Results) -> None:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        module, where, change, outcome, test = json.loads(line)
+        results[module, where, change] = outcome, test
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -399,18 +406,21 @@ def main(arguments: Sequence[str]) -> int:
         paths = [original / PACKAGE / f"{module}.py" for module in modules] or sorted((original / PACKAGE).glob("*.py"))
         mutants = [mutant._replace(path=mutant.path.relative_to(original)) for it in paths for mutant in mutants_of(it)]
         print(f"{len(mutants)} mutants", flush=True)
-        results = earlier_results() if again else {}
-        results = {key: results[key] for mutant in mutants if (key := key_of(mutant)) in results}
+        earlier = earlier_results() if again else {}
+        keys = {key_of(mutant) for mutant in mutants}
+        results = {key: result for key, result in earlier.items() if key in keys}
         reasons = explained()
         packages = os.environ.get("MUTANTS_SQLALCHEMY_14")
         passes = [(None, 1), *([(packages, 1), (packages, 10)] if packages else []), (None, 10)]
-        for packages, times in passes:
-            left = [it for it in mutants if results.get(key_of(it), ("survived",))[0] == "survived"]
-            if times > 1:
-                left = [it for it in left if key_of(it) not in reasons]
-            if left:
-                results |= run(left, folder, packages, times * SECONDS_OF_A_MUTANT)
-    keep(results)
+        try:
+            for packages, times in passes:
+                left = [it for it in mutants if results.get(key_of(it), ("survived",))[0] == "survived"]
+                if times > 1:
+                    left = [it for it in left if key_of(it) not in reasons]
+                if left:
+                    run(left, results, folder, packages, times * SECONDS_OF_A_MUTANT)
+        finally:
+            keep(earlier | results)
     return report(results, complete=not modules)
 
 
