@@ -81,6 +81,7 @@ class SessionScope(Watched):
         "_commit_at",
         "_doomed",
         "_name",
+        "_parts",
         "_refused",
         "_rollback_only",
         "_savepoint",
@@ -119,6 +120,8 @@ class SessionScope(Watched):
         self._doomed: str | None = None
         self._rollback_only: tuple[SessionTransaction | None, BaseException, str] | None = None
         self._savepoint: SessionTransaction | None = None
+        #: Those that are SAVEPOINTs, and open.
+        self._parts: tuple[SessionScope, ...] = ()
 
     # What the application uses
 
@@ -277,7 +280,7 @@ class SessionScope(Watched):
             return False
         if commits:
             # Better now, while an error is still an error page, than in the middle of the body.
-            self._check_commit(session, session.get_transaction())
+            self._check_commit(session, session.get_transaction(), parts=())
             if self._commit_at == "end":
                 return True
         watch = self.watch
@@ -412,6 +415,7 @@ class SessionScope(Watched):
 
     def _begin_savepoint(self) -> None:
         self._savepoint = self.session.begin_nested()
+        self._root._parts += (self,)
 
     def _end_savepoint(self) -> None:
         """Release the SAVEPOINT, or roll back to it; the session stays."""
@@ -425,7 +429,9 @@ class SessionScope(Watched):
                         try:
                             self._check_commit(session, savepoint)
                             savepoint.commit()
-                        except BaseException:
+                        except BaseException as error:
+                            for trial in trials():
+                                trial.refuses(self, error)
                             self._roll_back_savepoint(session, savepoint)
                             raise
                     else:
@@ -442,6 +448,7 @@ class SessionScope(Watched):
                     else:
                         self._roll_back(session)
         finally:
+            self._root._parts = tuple(part for part in self._root._parts if part is not self)
             self._state = State.ENDED
             self._rollback_only = None
             self._savepoint = None
@@ -533,12 +540,19 @@ class SessionScope(Watched):
         else:
             self.callbacks.committed(None)
 
-    def _check_commit(self, session: Session, transaction: SessionTransaction | None) -> None:
-        """Raise ``RollbackOnlyError`` if *transaction* of *session* must not be committed, or released."""
-        if self._rollback_only is not None:
-            failed, error, why = self._rollback_only
-            if failed is None or failed is transaction:
-                raise RollbackOnlyError(f"{self} cannot be committed: {why}") from error
+    def _check_commit(
+        self, session: Session, transaction: SessionTransaction | None, *, parts: Iterable[SessionScope] | None = None
+    ) -> None:
+        """Raise ``RollbackOnlyError`` if *transaction* of *session* must not be committed, or released.
+
+        :param parts: those which forbid it as well; ``None``: all that are open.  The whole may be committed within
+            one of them, by ``write()``, or between two chunks of a body.
+        """
+        for scope in (self, *(self._parts if parts is None else parts)):
+            if scope._rollback_only is not None:
+                failed, error, why = scope._rollback_only
+                if failed is None or failed is transaction:
+                    raise RollbackOnlyError(f"{self} cannot be committed: {why}") from error
         connections: Iterable[Connection] = self._root.connections
         if not connections:
             # SQLAlchemy 2.1.7 and later can tell those of a session that was used where it is not bound.
@@ -554,7 +568,7 @@ class SessionScope(Watched):
 
     def _commit(self, session: Session) -> None:
         transaction = session.get_transaction()
-        if self._rollback_only is not None:
+        if self._rollback_only is not None or self._parts:
             # First: whatever else the session has against it may merely come of that.
             self._check_commit(session, transaction)
         # What the view has loaded stays loaded, for the body to render: refreshing it would cost

@@ -180,6 +180,30 @@ FOUND = {
     "a connection that a part of its own has lost, and swallowed, is a lost race where that part is refused": episode(
         exchange([OK, Arm("execute", "disconnect", 1), Scope("requires_new", (Try((Read(),)),))]), attempts=2
     ),
+    "write() within a SAVEPOINT commits nothing of a part that has failed in it": episode(
+        exchange([OK, Scope("nested", (Inner(exchange([OK, Add(), Raise("ValueError")]), True), Write()))])
+    ),
+    "nor where that part had ended the SAVEPOINT": episode(
+        exchange([OK, Scope("nested", (Inner(exchange([OK, Commit(), Add(), Raise("ValueError")]), True), Write()))])
+    ),
+    "with commit_at end, write() does not know yet whether the SAVEPOINT is kept": episode(
+        exchange([OK, Scope("nested", (Inner(exchange([OK, Commit(), Add(), Raise("ValueError")]), True), Write()))]),
+        commit_at="end",
+    ),
+    "and whatever else the session has against it comes of that": episode(
+        exchange(
+            [
+                OK,
+                Scope(
+                    "nested",
+                    (Inner(exchange([OK, Commit(), Add(), Arm("execute", "plain", 1), Read()]), True), Write()),
+                ),
+            ]
+        )
+    ),
+    "a flush that has lost a race in a SAVEPOINT, and was swallowed, is a lost race where that is released": episode(
+        exchange([OK, Scope("nested", (Arm("execute", "race", 1), Try((Add(), Flush()))))]), attempts=2
+    ),
 }
 
 

@@ -347,12 +347,13 @@ def test_a_password_is_not_shown_where_the_name_of_the_user_has_an_at_sign(url: 
 
 #: What these names stand for is found out when it is called, or by the database.
 CALLED_LATER = (
-    *("commit_veto", "activate_hook", "retry.is_transient"),
+    *("commit_veto", "activate_hook", "retry.is_transient", "server_timing"),
     *("sqlalchemy.creator", "sqlalchemy.isolation_level", "sqlalchemy.paramstyle"),
 )
 GOOD_HOOKS = {
     "commit_veto": ["builtins:print", "builtins.print"],
     "activate_hook": ["tests.paste_fixtures:is_not_static", "tests.paste_fixtures.is_not_static"],
+    "server_timing": ["true", "false", "1", "0", "tests.paste_fixtures:is_not_static"],
     "sqlalchemy.paramstyle": ["qmark", "named"],
 }
 STYLES = ("qmark", "numeric", "named", "format", "pyformat", "numeric_dollar")
