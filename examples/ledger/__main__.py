@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         # First the address: where that is taken, no database file is left behind.
-        with _listen(options.host, options.port) as listener:
-            _serve(Ledger(options.database), listener)
+        with listen(options.host, options.port) as listener:
+            serve(Ledger(options.database), listener)
     except Refusal as refusal:
         print(refusal.reason, file=sys.stderr)
         return 2
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _serve(ledger: Ledger, listener: socket.socket) -> None:
+def serve(ledger: Ledger, listener: socket.socket) -> None:
     def stop(*_: Any) -> None:
         ledger.views.stopping.set()
         raise KeyboardInterrupt
@@ -72,7 +72,7 @@ def _serve(ledger: Ledger, listener: socket.socket) -> None:
     print("The ledger is closed.", flush=True)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     where = f"port {port} of {host}"
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sqlalchemy.engine import Engine
+
 from sa_wsgi_session import RetryPolicy, SessionMiddleware
+from sa_wsgi_session.observers import FinishedUnit
+from sa_wsgi_session.replicas import ReadReplicas
 
 from .jobs import Scheduler, pay_interest
 from .model import Session, open_books
@@ -14,17 +20,30 @@ from .views import Application
 
 
 class Ledger:
-    """The ledger on one database file. One at a time, as its ``Session`` is a global."""
+    """The ledger on one database file. One at a time, as its ``Session`` is a global.
 
-    def __init__(self, database: str | Path) -> None:
+    Or on a database server that has replicas: see ``examples/replicas``.
+    """
+
+    def __init__(
+        self,
+        database: str | Path | Engine,
+        replicas: Sequence[Engine] = (),
+        observer: Callable[[FinishedUnit], object] | None = None,
+    ) -> None:
         self.Session = Session
         self.engine = open_books(database)
+        self.replicas = replicas
         self.views = Application()
+        # In production the secret comes from where your other secrets are: it must be the same in each process.
+        reads = ReadReplicas(replicas, secret=secrets.token_hex()) if replicas else None
 
         # The one line that this example is about. (Anybody may see the timing here: the books are for show.)
-        application: WSGIApplication = SessionMiddleware(self.views, Session, retry=RetryPolicy(), server_timing=True)
+        application: WSGIApplication = SessionMiddleware(
+            self.views, Session, retry=RetryPolicy(), server_timing=True, observer=observer, replicas=reads
+        )
 
-        self.panel = Panel(ErrorPage(application), self.engine)
+        self.panel = Panel(ErrorPage(application), self.engine, replicas)
         self.application: WSGIApplication = SecurityHeaders(self.panel)
         self._scheduler: Scheduler | None = None
 
@@ -38,4 +57,5 @@ class Ledger:
         if self._scheduler is not None:
             self._scheduler.stop()
         self.panel.close()
-        self.engine.dispose()
+        for engine in (self.engine, *self.replicas):
+            engine.dispose()

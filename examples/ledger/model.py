@@ -75,7 +75,7 @@ class Base(metaclass=DeclarativeMeta):
 
 class Account(Base):
     __tablename__ = "accounts"
-    __table_args__ = (CheckConstraint("typeof(balance) = 'integer' AND balance >= 0", name="no_overdraft"),)
+    __table_args__ = (CheckConstraint("round(balance) = balance AND balance >= 0", name="no_overdraft"),)
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     name: Mapped[str] = mapped_column(String(40), nullable=False, unique=True)
@@ -107,7 +107,7 @@ class Entry(Base):
     """One line of the books: so much into (or, below zero, out of) one account."""
 
     __tablename__ = "entries"
-    __table_args__ = (CheckConstraint("typeof(pence) = 'integer' AND pence <> 0", name="some_amount"),)
+    __table_args__ = (CheckConstraint("round(pence) = pence AND pence <> 0", name="some_amount"),)
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     transfer_id: Mapped[int] = mapped_column(Integer, ForeignKey("transfers.id"), nullable=False, index=True)
@@ -229,23 +229,33 @@ def open_engine(path: str | Path, poolclass: type[Pool] = QueuePool) -> Engine:
     return engine
 
 
-def open_books(path: str | Path) -> Engine:
-    """Open the ledger in this file, or begin a new one, and point ``Session`` at it.
+def open_books(database: str | Path | Engine) -> Engine:
+    """Open the ledger in this file, or this database, or begin a new one, and point ``Session`` at it.
 
     Raises :class:`Refusal` for a file that cannot be a ledger.
     """
-    if not str(path) or str(path) == ":memory:":
+    if isinstance(database, Engine):
+        engine, where = database, f"database {database.url.database!r}"
+    elif str(database) in ("", ":memory:"):
         raise Refusal("The ledger needs a database file that its threads can share.")
-    _ensure_ours(path)
-    engine = open_engine(path)
+    else:
+        _ensure_ours(database)
+        engine, where = open_engine(database), f"database file {str(database)!r}"
     try:
         Base.metadata.create_all(engine)
         Session.configure(bind=engine)
         _begin_books()
     except DatabaseError as error:
         engine.dispose()
-        raise Refusal(f"The database file {str(path)!r} cannot be used: {error.orig}.") from error
+        raise Refusal(f"The {where} cannot be used: {error.orig}.") from error
     return engine
+
+
+def open_aside(engine: Engine) -> Engine:
+    """Another engine on the same database, which keeps no connection."""
+    if engine.dialect.name == "sqlite":
+        return open_engine(engine.url.database or "", NullPool)
+    return create_engine(engine.url, poolclass=NullPool)
 
 
 def _ensure_ours(path: str | Path) -> None:

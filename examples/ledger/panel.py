@@ -3,7 +3,7 @@
 It knows nothing of ``sa_wsgi_session`` and asks it nothing: what it shows is what SQLAlchemy's own
 events tell. What a request has written is *committed* once the session reports a commit that
 succeeded. What it has written and not committed when its connection goes back to the pool is
-*rolled back*. What begins anew after SQLite has refused a statement, because somebody else was
+*rolled back*. What begins anew after the database has refused a statement, because somebody else was
 quicker, is *another attempt*. It is demonstration code, made to be plain and not to be quick.
 """
 
@@ -21,7 +21,6 @@ from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from sqlalchemy.pool import NullPool
 
 from . import model
 from .safety import WSGIApplication
@@ -30,6 +29,8 @@ _REQUESTS_SHOWN = 15
 _JOBS_SHOWN = 3
 _WRITES = ("INSERT", "UPDATE", "DELETE")
 _SQLITE_BUSY = "database is locked"
+#: As psycopg2 tells it.
+_SERIALIZATION = "40001"
 
 #: The request or job whose code runs here and now.
 _current: contextvars.ContextVar[_Record | None] = contextvars.ContextVar("record", default=None)
@@ -109,11 +110,11 @@ class _Record:
 class Panel:
     """WSGI middleware: watches the application, and answers ``GET /panel.json`` itself."""
 
-    def __init__(self, application: WSGIApplication, engine: Engine) -> None:
+    def __init__(self, application: WSGIApplication, engine: Engine, replicas: Iterable[Engine] = ()) -> None:
         self.application = application
-        self._engine = engine
+        self._engines = [engine, *replicas]
         # The panel reads the books over connections of its own, which are none of those it counts.
-        self._own_engine = model.open_engine(engine.url.database or "", NullPool)
+        self._own_engine = model.open_aside(engine)
         self._lock = threading.Lock()
         self._number = 0
         self._running: dict[int, _Record] = {}
@@ -121,10 +122,10 @@ class Panel:
         self._jobs: deque[_Record] = deque(maxlen=_JOBS_SHOWN)
         self._units = 0
         self._listeners = [
-            (engine, "before_cursor_execute", self._on_statement),
-            (engine, "checkout", self._on_checkout),
-            (engine, "checkin", self._on_checkin),
-            (engine, "handle_error", self._on_error),
+            *((each, "before_cursor_execute", self._on_statement) for each in self._engines),
+            *((each, "checkout", self._on_checkout) for each in self._engines),
+            *((each, "checkin", self._on_checkin) for each in self._engines),
+            *((each, "handle_error", self._on_error) for each in self._engines),
             (model.Session, "after_transaction_create", self._on_unit_begin),
             (model.Session, "after_transaction_end", self._on_unit_end),
             (model.Session, "after_commit", self._on_commit),
@@ -181,7 +182,7 @@ class Panel:
         """What the panel shows. What the request that asks for it holds itself is not counted."""
         own = _current.get()
         with self._lock:
-            connections = self._engine.pool.checkedout()  # type: ignore[attr-defined]
+            connections = sum(engine.pool.checkedout() for engine in self._engines)  # type: ignore[attr-defined]
             units = self._units
             records = [*self._running.values(), *self._requests, *self._jobs]
             if own is not None:
@@ -246,7 +247,8 @@ class Panel:
 
     def _on_error(self, context: Any) -> None:
         record = _current.get()
-        if record is not None and str(context.original_exception) == _SQLITE_BUSY:
+        error = context.original_exception
+        if record is not None and (str(error) == _SQLITE_BUSY or getattr(error, "pgcode", None) == _SERIALIZATION):
             record.lost_race = True
 
     def _on_commit(self, _session: Any) -> None:

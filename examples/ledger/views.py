@@ -74,7 +74,7 @@ CASES = [
         "/cases/refused-commit",
         "A COMMIT that the database refuses",
         "The view succeeds, but the transfer names an approval that does not exist, "
-        "which SQLite checks at COMMIT. You see a 500, not the success that the view meant.",
+        "which the database checks at COMMIT. You see a 500, not the success that the view meant.",
         "Transfer without approval",
     ),
     pages.Case(
@@ -102,7 +102,7 @@ CASES = [
     pages.Case(
         "/cases/collision",
         "Two transfers that collide",
-        "Before the view has moved £10 from Ada to Grace, a standing order moves £5 from Ada to Alan, and SQLite "
+        "Before the view has moved £10 from Ada to Grace, a standing order moves £5 from Ada to Alan, and the database "
         "refuses the slower one. The request is replayed: both are in the books, with one receipt.",
         "Transfer and collide",
     ),
@@ -111,7 +111,7 @@ CASES = [
         "A download, cancelled midway",
         "Ada is charged £1 while a slow report streams. Cancel the download, and the charge is "
         "undone and the connection is back. Read it to the end, and the charge stands. "
-        "Until then other transfers wait: SQLite has one writer at a time.",
+        "Until then other transfers wait: on SQLite all, as it has one writer at a time.",
         "Download the report",
     ),
 ]
@@ -241,8 +241,10 @@ class Application:
         attempt = current_scope(Session).attempt
         if attempt == 1:
             # Staged from here ... sqlite3 by itself begins a transaction with the first change. This one begins before
-            # it reads, and what it has read is out of date when it comes to write: SQLite refuses that.
-            Session.connection().exec_driver_sql("BEGIN")
+            # it reads, and what it has read is out of date when it comes to write: SQLite refuses that, and PostgreSQL
+            # does where transactions are serializable.
+            if Session.connection().dialect.name == "sqlite":
+                Session.connection().exec_driver_sql("BEGIN")
             ensure_funds(account_named("Ada"), _TEN_POUNDS)
             with ThreadPoolExecutor(1) as somebody_else:
                 somebody_else.submit(standing_order).result()
