@@ -31,13 +31,13 @@ This file knows SQLAlchemy.  It does not know HTTP: a request is a name to log.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
 
-from sqlalchemy import inspect
 from sqlalchemy.orm import Session
 
 from ._binding import NOWHERE, Binder, Unit, binder_of, innermost, is_here, unwind
@@ -336,27 +336,23 @@ class SessionScope(Watched):
         return False
 
     def _forget_what_is_gone(self) -> None:
-        """Nobody will end this unit of work, and what refers to it is about to be destroyed.
+        """Nobody will end this unit of work, and what refers to it is about to be destroyed: it is not bound.
 
-        Where Python's garbage collector does that, because of a cycle, it clears the weak references to all that goes
-        before anything is told.  A session then has its objects still, but none of their values, and would flush empty
-        ones.
+        Where Python's garbage collector does that, because of a cycle, the weak references to all that goes are cleared
+        before anybody is told, and their callbacks called.  Then the objects of the session have no values any more,
+        and would be flushed like that; and its connection is back in the pool, or with somebody else.
         """
-        self.binder.enter(self)
-        try:
-            session = self.binder.peek(self)
-            if session is None:
-                return
-            states = [*map(inspect, session.new), *session.identity_map.all_states()]
-            if any(state.object is None for state in states):
-                log.warning(
-                    "%s: the objects of its session have gone with the body that was dropped; its transaction is "
-                    "rolled back, and nothing of it is left to be committed",
-                    self,
-                )
-                session.close()
-        finally:
-            self.binder.pause(self)
+        session = self.held
+        # SQLAlchemy itself has one to each session.
+        if session is None or weakref.getweakrefcount(session):
+            return
+        log.warning(
+            "%s: its session was destroyed together with the body that was dropped; what it had not committed is lost",
+            self,
+        )
+        self.held = None
+        self.connections = []
+        self._rollback_only = None
 
     def _end(self) -> None:
         """Conclude, remove the session whatever happens, unbind, and run what is due."""

@@ -277,16 +277,31 @@ def _read_boolean(section: _Section, key: str, value: Any) -> Any:
 
 
 def _read_integer(section: _Section, key: str, value: Any) -> Any:
-    # Likewise: in the others it finds out that a text is no number when it first needs one.
-    return _read_text(int, section, key, value, "it cannot be read")
+    # Likewise: in the others it finds out that something is no number when it first needs one.
+    found = _read_text(int, section, key, value, "it cannot be read")
+    if found is not None and not isinstance(found, (int, float)):
+        section.refuse(key, f"it is an object of type {type_name(found)}")
+    return found
+
+
+def _read_count(section: _Section, key: str, value: Any) -> Any:
+    # Where others may be None, SQLAlchemy calculates with it.
+    if value is None:
+        section.refuse(key, "it is no number")
+    return _read_integer(section, key, value)
 
 
 def _read_amount(section: _Section, key: str, value: Any) -> Any:
     # SQLAlchemy takes it, and waits in vain at the first statement, or where the pool is exhausted.
     found = _read_integer(section, key, value)
-    if isinstance(found, (int, float)) and found < 0:
+    if found is not None and found < 0:
         section.refuse(key, "it is negative")
     return found
+
+
+def _read_size(section: _Section, key: str, value: Any) -> Any:
+    _read_count(section, key, value)
+    return _read_amount(section, key, value)
 
 
 def _read_text(read: Callable[[str], Any], section: _Section, key: str, value: Any, problem: str) -> Any:
@@ -444,10 +459,11 @@ _SETTINGS = {
         ),
         (
             "arraysize executemany_batch_page_size executemany_values_page_size insertmanyvalues_page_size "
-            "label_length max_identifier_length max_overflow pool_recycle query_cache_size",
+            "label_length max_identifier_length",
             _Key(_read_integer, "an integer"),
         ),
-        ("pool_size", _Key(_read_amount, "an integer: how many connections are kept, where 0 sets no limit")),
+        ("max_overflow pool_recycle query_cache_size", _Key(_read_count, "an integer")),
+        ("pool_size", _Key(_read_size, "an integer: how many connections are kept, where 0 sets no limit")),
         ("pool_timeout", _Key(_read_amount, "an integer: how many seconds to wait for a connection, 0 or more")),
         (
             "creator json_deserializer json_serializer poolclass",

@@ -1207,6 +1207,19 @@ REFUSED_OBJECTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"sqlalchemy.url": "sqlite://", "sqlalchemy.pool": "sqlalchemy.pool:NullPool"},
         ["sqlalchemy.pool = 'sqlalchemy.pool:NullPool'", "no pool", "accepted", "poolclass"],
     ),
+    **{
+        f"{name}, {given!r}": (
+            {"sqlalchemy.url": "sqlite://", f"sqlalchemy.{name}": given},
+            [f"sqlalchemy.{name} = ", problem, "accepted", "an integer"],
+        )
+        for name, given, problem in (
+            ("pool_size", None, "no number"),
+            ("max_overflow", None, "no number"),
+            ("query_cache_size", None, "no number"),
+            ("pool_recycle", [60], "type list"),
+            ("pool_timeout", [60], "type list"),
+        )
+    },
     "a URL, a number": ({"sqlalchemy.url": 1}, ["sqlalchemy.url = 1", "no text", "accepted", "postgresql://"]),
     "a URL of SQLAlchemy's": (
         {"sqlalchemy.url": URL.create("fnord", "me", "s3cret", "localhost", query={"passwd": "s3cret"})},

@@ -314,8 +314,8 @@ class Harness:
         self.database.close()
 
 
-class ObjectsHaveGone(Exception):
-    """The garbage collector was the first to find a body that was dropped: what its session had is gone with it.
+class SessionHasGone(Exception):
+    """The garbage collector was the first to find a body that was dropped: its session is gone with it.
 
     Who finds it first is up to the references that exceptions keep, of which the oracle knows nothing.
     """
@@ -327,8 +327,8 @@ class _Log(logging.Handler):
         self._stage = stage
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "have gone with the body" in str(record.msg):
-            self._stage.objects_have_gone = True
+        if "was destroyed together with the body" in str(record.msg):
+            self._stage.session_has_gone = True
 
 
 class Stage:
@@ -344,7 +344,7 @@ class Stage:
         self._ambient: dict[bool, Any] = {}
         #: Bodies of which nobody will be told that they are over.
         self.unclosed = 0
-        self.objects_have_gone = False
+        self.session_has_gone = False
 
     def play(self) -> Trace:
         with self._watched() as told:
@@ -354,8 +354,8 @@ class Stage:
         unclosed = sum("was dropped without a call to its close()" in message for message in told)
         self._expect(unclosed == self.unclosed, f"{self.unclosed} bodies were not closed, told of {unclosed}")
         self._expect(len(told) == unclosed, f"warned of something else: {told}")
-        if self.objects_have_gone:
-            raise ObjectsHaveGone
+        if self.session_has_gone:
+            raise SessionHasGone
         return self.trace
 
     def _take_turns(self) -> None:
@@ -800,4 +800,7 @@ class Play:
 
 
 def _goes_on(transaction: Any) -> bool:
-    return transaction.session is not None and transaction.is_active
+    if transaction.session is None or not transaction.is_active:
+        return False
+    # The transaction of a connection that was lost looks as if it went on.
+    return not transaction.session.connection().invalidated

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.proof.conftest import Tell
-from tests.proof.harness import Harness, ObjectsHaveGone
+from tests.proof.harness import Harness, SessionHasGone
 from tests.proof.oracle import Unspecified, predict
 from tests.proof.programs import Episode
 from tests.proof.strategies import episodes
@@ -87,13 +87,13 @@ def compare(harness: Harness, episode: Episode, seen: Counter[str]) -> None:
     except Unspecified:
         seen["unspecified"] += 1
         # What must hold after every call must hold all the same.
-        with suppress(ObjectsHaveGone):
+        with suppress(SessionHasGone):
             harness.play(episode)
         return
     try:
         happened = harness.play(episode)
-    except ObjectsHaveGone:
-        seen["objects gone"] += 1
+    except SessionHasGone:
+        seen["session gone"] += 1
         return
     assert happened == expected, difference(happened, expected)
     for what, *data in happened:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.proof.harness import Harness, ObjectsHaveGone
+from tests.proof.harness import Harness, SessionHasGone
 from tests.proof.oracle import Unspecified, predict
 from tests.proof.programs import (
     Add,
@@ -136,7 +136,7 @@ def test_a_small_program_ends_as_the_promises_say(harness: Harness, setting: Any
             expected = predict(episode)
         except Unspecified:
             seen["unspecified"] += 1
-            with suppress(ObjectsHaveGone):
+            with suppress(SessionHasGone):
                 harness.play(episode)
             continue
         happened = harness.play(episode)
