@@ -131,8 +131,9 @@ class session_scope:
             self._leave(within, error)
             return
         assert scope is not None
-        if not scope._is_bound:
-            scope.bind()  # a generator's block, which outlives the unit around it
+        if not scope._is_bound:  # a generator's block, which outlives the unit around it
+            scope._root._forget_what_is_gone()
+            scope.bind()
         try:
             if error is None:
                 scope._end()

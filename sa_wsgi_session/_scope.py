@@ -336,7 +336,7 @@ class SessionScope(Watched):
         return False
 
     def _forget_what_is_gone(self) -> None:
-        """Nobody will end this unit of work, and what refers to it is about to be destroyed: it is not bound.
+        """This unit is not bound, and what refers to it is about to be destroyed, perhaps.
 
         Where Python's garbage collector does that, because of a cycle, the weak references to all that goes are cleared
         before anybody is told, and their callbacks called.  Then the objects of the session have no values any more,

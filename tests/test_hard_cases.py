@@ -1428,6 +1428,37 @@ def test_a_body_that_is_dropped_in_a_cycle_has_no_session_any_more(
     assert told == ["rolled back"]
 
 
+@pytest.mark.parametrize("propagation", ["requires_new", "nested"])
+def test_a_block_in_a_body_that_is_dropped_in_a_cycle_leaves_the_connection_alone_that_somebody_else_has(
+    one_world: World, propagation: Any
+) -> None:
+    somebody_else: list[Any] = []
+
+    def chunks() -> Any:
+        with session_scope(one_world.Session, propagation=propagation) as session:
+            session.add(Note(text="lost"))
+            session.flush()
+            try:
+                yield b"1"
+            finally:
+                somebody_else.append(one_world.engine.connect())
+                transaction = somebody_else[0].begin()
+                somebody_else[0].execute(sa.insert(Note), {"text": "somebody else's"})
+        somebody_else.append(transaction)
+
+    exchanges: list[Any] = [Exchange(serve(one_world, chunks), make_environ("/dropped"))]
+    exchanges[0].next()
+    exchanges.append(exchanges)
+    del exchanges
+    with pytest.warns(ResourceWarning, match="GET /dropped"):
+        gc.collect()
+    connection = somebody_else.pop(0)
+    connection.get_transaction().commit()
+    connection.close()
+    assert one_world.durable() == ["somebody else's"]
+    assert one_world.checked_out == 0
+
+
 def test_what_fails_in_a_body_that_is_dropped_is_logged(one_world: World, log: pytest.LogCaptureFixture) -> None:
     def close() -> None:
         one_world.Session.add(Note(text="lost"))
