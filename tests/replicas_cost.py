@@ -6,8 +6,8 @@
 
 SQLite in memory, because its answers take as long each time; the figures are the fastest of many rounds, which take
 turns.  Its replicas have no positions: the floor, which those of PostgreSQL have in addition, is one comparison.  That
-is what the third row has: an SQLite of which the package is made to believe that it has positions, and never needs to
-be asked for one.
+is what the rows "and positions" have: an SQLite of which the package is made to believe that it has positions, and
+never needs to be asked for one.
 """
 
 from __future__ import annotations
