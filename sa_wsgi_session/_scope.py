@@ -437,7 +437,7 @@ class SessionScope(Watched):
                     # since, in here.
                     if keeps:
                         try:
-                            self._check_commit(session, session.get_transaction())
+                            self._root._check_commit(session, session.get_transaction())
                         except BaseException:
                             self._roll_back(session)
                             raise
@@ -548,7 +548,7 @@ class SessionScope(Watched):
             if scope._rollback_only is not None:
                 failed, error, why = scope._rollback_only
                 if failed is None or failed is transaction:
-                    raise RollbackOnlyError(f"{self} cannot be committed: {why}") from error
+                    raise RollbackOnlyError(f"{scope} cannot be committed: {why}") from error
         connections: Iterable[Connection] = self._root.connections
         if not connections:
             # SQLAlchemy 2.1.7 and later can tell those of a session that was used where it is not bound.

@@ -202,6 +202,9 @@ FOUND = {
             ]
         )
     ),
+    "what spoils the whole spoils what a part has begun after it had ended its SAVEPOINT": episode(
+        exchange([OK, Add()], last=[Scope("nested", (Try((Commit(), OK)),))]), commit_at="end"
+    ),
     "a flush that has lost a race in a SAVEPOINT, and was swallowed, is a lost race where that is released": episode(
         exchange([OK, Scope("nested", (Arm("execute", "race", 1), Try((Add(), Flush()))))]), attempts=2
     ),

@@ -348,7 +348,7 @@ def test_a_password_is_not_shown_where_the_name_of_the_user_has_an_at_sign(url: 
 #: What these names stand for is found out when it is called, or by the database.
 CALLED_LATER = (
     *("commit_veto", "activate_hook", "retry.is_transient", "server_timing"),
-    *("sqlalchemy.creator", "sqlalchemy.isolation_level", "sqlalchemy.paramstyle"),
+    *("sqlalchemy.connect_args", "sqlalchemy.creator", "sqlalchemy.isolation_level", "sqlalchemy.paramstyle"),
 )
 GOOD_HOOKS = {
     "commit_veto": ["builtins:print", "builtins.print"],
