@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from webob.cookies import SignedCookieProfile
+from webob.cookies import Morsel, SignedCookieProfile
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -94,9 +94,6 @@ class Tokens:
                 cast(Any, secret),  # bytes are as good
                 f"sa_wsgi_session.replicas {cookie_name} ",
                 name,
-                max_age=lifetime,
-                httponly=True,
-                samesite="Lax",
                 hashalg="sha256",
                 serializer=_Format(),
             )
@@ -175,7 +172,7 @@ class Tokens:
 
     def _home_headers(self, home: str, issued: int, secure: bool) -> Headers:
         token = Token(issued, home=home)
-        return [*self._home.get_headers(token, secure=secure), *self._in_header(token)]
+        return [self._cookie(self._home, token, secure=secure), *self._in_header(token)]
 
     def position_headers(self, position: int, pinned: int, *, secure: bool, forget_home: bool) -> Headers:
         """The headers that tell a visitor that all they have seen is in the state at that position.
@@ -184,10 +181,24 @@ class Tokens:
         :param forget_home: whether they have, or may have, the cookie that says where they are at home.
         """
         token = Token(int(self._clock()), position, pinned=pinned)
-        headers = [*self._position.get_headers(token, secure=secure), *self._in_header(token)]
+        headers = [self._cookie(self._position, token, secure=secure), *self._in_header(token)]
         if forget_home:
-            headers += self._home.get_headers(None, secure=secure)
+            headers.append(self._cookie(self._home, None, secure=secure))
         return headers
+
+    def _cookie(self, profile: SignedCookieProfile, token: Token | None, *, secure: bool) -> tuple[str, str]:
+        """Set it; without a token: have it forgotten.
+
+        As the profile itself would do, but without "expires": Max-Age has precedence (RFC 6265, section 4.1.2.2), and
+        for the other one WebOb 1.8 calls what Python 3.12 warns of.
+        """
+        morsel = Morsel(profile.cookie_name, b"" if token is None else profile.serializer.dumps(token))
+        morsel.path = b"/"
+        morsel.httponly = True
+        morsel.samesite = b"Lax"
+        morsel.secure = secure
+        morsel.max_age = 0 if token is None else self.lifetime
+        return "Set-Cookie", morsel.serialize()
 
     def _in_header(self, token: Token) -> Headers:
         if self._header is None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sqlalchemy.orm import sessionmaker
 
 from sa_wsgi_session import RetryPolicy, SessionMiddleware, _cluster, current_scope, session_scope
 from tests.replicated import Site, Sites, Visitor, make_sites
-from tests.servers import Replicated
+from tests.servers import DatabaseServer, Replicated
 from tests.support import REGISTRIES, make_session, note
 
 #: Of the standbys of ``replicated``.
@@ -147,8 +148,14 @@ def test_use_primary_before_the_first_statement(fresh_site):
         current_scope().use_primary()
         return site.where()
 
+    def part_that_asks() -> list[bytes]:
+        with session_scope(site.Session, propagation="nested"):
+            current_scope().use_primary()
+        return site.where()
+
     assert site.visitor(view).request() == "replica 1 of 1"
     assert site.visitor(view_that_asks).request() == "primary"
+    assert site.visitor(part_that_asks).request() == "primary"
     assert site.units[-1].engine_reason == "use_primary()"
 
 
@@ -781,18 +788,35 @@ def test_a_replica_that_was_promoted_is_none_any_more(sites, warnings):
 # -- what only a certain moment shows ---------------------------------------------------------------------------------
 
 
+@contextmanager
+def commits_that_wait(primary: DatabaseServer) -> Iterator[None]:
+    """Each COMMIT waits for a standby that there is not; the others replay it."""
+    primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    primary.execute("SELECT pg_reload_conf()")
+    # The servers' processes learn of it one by one: it is there when one of these waits.
+    probes: list[threading.Thread] = []
+    try:
+        while not primary.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"):
+            if not any(probe.is_alive() for probe in probes):
+                commit = partial(primary.execute, "SELECT pg_logical_emit_message(true, 'test', 'test')")
+                probes.append(threading.Thread(target=commit))
+                probes[-1].start()
+        yield
+    finally:
+        primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        primary.execute("SELECT pg_reload_conf()")
+        for probe in probes:
+            probe.join()
+
+
 def test_a_visitor_who_has_seen_a_commit_on_a_replica_before_the_primary_shows_it_waits_for_that(sites, fresh_site):
     site = fresh_site
     app = _middleware(site)
     reader = next(readers_of_each(site, app))
-    primary = sites.servers.primary
-    # Each COMMIT waits for a standby that there is not; the others replay it.
-    primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-    primary.execute("SELECT pg_reload_conf()")
     writer = threading.Thread(target=add_by_somebody_else, args=(site,))
-    writer.start()
     seen: list[str] = []
-    try:
+    with commits_that_wait(sites.servers.primary):
+        writer.start()
         while reader.request() != "new":
             pass
         reader.app = site.app(site.texts)
@@ -802,9 +826,6 @@ def test_a_visitor_who_has_seen_a_commit_on_a_replica_before_the_primary_shows_i
             "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%snapshot()::text%' AND pid <> pg_backend_pid()"
         ):
             pass
-    finally:
-        primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
-        primary.execute("SELECT pg_reload_conf()")
     writer.join()
     poster.join()
     assert seen == ["new"]
@@ -813,13 +834,10 @@ def test_a_visitor_who_has_seen_a_commit_on_a_replica_before_the_primary_shows_i
 def test_a_visitor_does_not_wait_for_ever_until_the_primary_shows_what_they_have_seen(sites, fresh_site, monkeypatch):
     site = fresh_site
     reader = next(readers_of_each(site, _middleware(site)))
-    primary = sites.servers.primary
-    primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-    primary.execute("SELECT pg_reload_conf()")
     writer = threading.Thread(target=add_by_somebody_else, args=(site,))
-    writer.start()
     seen: list[str] = []
-    try:
+    with commits_that_wait(sites.servers.primary):
+        writer.start()
         while reader.request() != "new":
             pass
         reader.app = site.app(site.texts)
@@ -828,10 +846,7 @@ def test_a_visitor_does_not_wait_for_ever_until_the_primary_shows_what_they_have
         poster.start()
         poster.join(20)  # else it would wait for what comes after this
         assert seen == [""]
-    finally:
-        primary.execute("ALTER SYSTEM RESET synchronous_standby_names")
-        primary.execute("SELECT pg_reload_conf()")
-        writer.join()
+    writer.join()
 
 
 def test_a_standby_that_begins_further_back_when_it_is_started_anew_shows_nobody_the_past(sites, fresh_site):
