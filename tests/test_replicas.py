@@ -698,6 +698,31 @@ def test_a_visitor_of_a_replica_that_was_started_anew_sees_nothing_older(sites, 
     assert site.units[-1].engine_reason in ("least busy", "no replica is fresh enough")
 
 
+def test_a_replica_that_is_lost_after_the_last_row_of_a_body_has_cost_nothing(fresh_site):
+    site = fresh_site
+
+    def view() -> Any:
+        current_scope().commit_at = "end"
+        process = site.Session.execute(sa.text("SELECT pg_backend_pid()")).scalar()
+
+        def body() -> Any:
+            yield b"first, "
+            engine = sa.create_engine(site.engines[0].url)
+            with engine.connect() as connection:
+                connection.execute(sa.text(f"SELECT pg_terminate_backend({process})"))
+                while connection.execute(sa.text(f"SELECT 1 FROM pg_stat_activity WHERE pid = {process}")).first():
+                    pass
+            engine.dispose()
+            yield b"last"
+
+        return body()
+
+    exchange = site.visitor(view).exchange()
+    assert exchange.read() == b"first, last"
+    exchange.close()
+    assert site.units[-1].engine == "replica 1 of 1"
+
+
 def test_a_connection_that_the_pool_has_replaced_is_to_a_server_that_was_started_anew(sites):
     with sites.make(FRESH, pings=True) as site:
         app = site.app(site.where)
