@@ -98,8 +98,9 @@ class Browser:
 
     def downloaded(self, name: str) -> bytes:
         path = self.downloads / name
-        # Chromium writes under another name until it has it all.
-        wait_until(path.exists)
+        # Chromium writes under another name until it has it all, then makes an empty file of this name, and puts the
+        # other one in its place.
+        wait_until(lambda: path.exists() and path.stat().st_size)
         return path.read_bytes()
 
     def prefer(self, **features: str) -> None:
