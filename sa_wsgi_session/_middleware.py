@@ -311,7 +311,7 @@ class SessionMiddleware:
         scope = make_scope(
             binder,
             (environ.get("REQUEST_METHOD", "?"), environ.get("PATH_INFO", "")),
-            commit_at=self._commit_at,
+            self._commit_at,
         )
         if route is not None:
             cast(Any, scope).route = route
@@ -322,15 +322,15 @@ class SessionMiddleware:
         environ[self._scope_key] = scope
         environ[self._session_key] = self.session
         response = _Response(scope, self._commit_veto, environ, start_response)
-        made_file = _find_file_wrapper(environ)
+        made_file = _find_file_wrapper(environ) if "wsgi.file_wrapper" in environ else None
         body: Any = None
         stream: Stream | None = None
         binder.enter(scope)
         try:
             body = self._app(environ, response.start)
             if type(body) is list or type(body) is tuple:
-                if not _ONLY_BYTES.issuperset(map(type, body)):
-                    for chunk in body:
+                for chunk in body:
+                    if type(chunk) is not bytes:
                         _check_chunk(chunk)
             elif made_file is None or not made_file(body):
                 stream = (Stream if sight is None else self._stream)(scope, body)
@@ -416,7 +416,6 @@ def _close(body: object) -> None:
 
 #: In ISO-8859-1, as PEP 3333 demands of all its strings (A Note On String Types): no server can send another one.
 _STATUS = re.compile(r"[1-9][0-9]{2}(?: [\x20-\x7e\x80-\xff]*)?")
-_ONLY_BYTES = frozenset({bytes})
 
 
 @lru_cache(maxsize=64)

@@ -97,8 +97,8 @@ class SessionScope(Watched):
         self,
         binder: Binder,
         name: str | tuple[object, object],
-        *,
         commit_at: str = "start",
+        *,
         within: SessionScope | None = None,
     ) -> None:
         # The state of the bases, too: this runs for every request, and a chain of three calls would double its cost.
@@ -107,7 +107,7 @@ class SessionScope(Watched):
         self.held = None
         self.set_aside = None
         self.frame = NOWHERE
-        self.connections = []
+        self.connections = ()
         self.watching = False
         self.watch = None
         self.callbacks = None
@@ -351,7 +351,7 @@ class SessionScope(Watched):
             self,
         )
         self.held = None
-        self.connections = []
+        self.connections = ()
         self._rollback_only = None
 
     def _end(self) -> None:
@@ -362,12 +362,15 @@ class SessionScope(Watched):
             self._end_savepoint()
             return
         try:
-            try:
-                self._conclude()
-            finally:
-                session = self.binder.peek(self)
-                if session is not None:
-                    self._close(session)
+            # Most requests have nothing to conclude by now, and nobody to tell of it.
+            peek = self.binder.peek
+            if self.callbacks is not None or peek(self) is not None or log.isEnabledFor(logging.DEBUG):
+                try:
+                    self._conclude()
+                finally:
+                    session = peek(self)
+                    if session is not None:
+                        self._close(session)
         except BaseException:
             self._leave()
             with self._first_error_stays():
@@ -395,8 +398,7 @@ class SessionScope(Watched):
         self._state = State.ENDED
         self.binder.leave(self)
         self.held = None
-        if self.connections:
-            self.connections = []
+        self.connections = ()
         self._rollback_only = None
 
     def _run_callbacks(self) -> None:
@@ -537,14 +539,23 @@ class SessionScope(Watched):
             self.callbacks.committed(None)
 
     def _check_commit(
-        self, session: Session, transaction: SessionTransaction | None, *, parts: Iterable[SessionScope] | None = None
+        self,
+        session: Session,
+        transaction: SessionTransaction | None = None,
+        *,
+        parts: tuple[SessionScope, ...] | None = None,
     ) -> None:
         """Raise ``RollbackOnlyError`` if *transaction* of *session* must not be committed, or released.
 
+        :param transaction: ``None``: the innermost one.
         :param parts: those which forbid it as well; ``None``: all that are open.  The whole may be committed within
             one of them, by ``write()``, or between two chunks of a body.
         """
-        for scope in (self, *(self._parts if parts is None else parts)):
+        if parts is None:
+            parts = self._parts
+        if (self._rollback_only is not None or parts) and transaction is None:
+            transaction = session.get_nested_transaction() or session.get_transaction()
+        for scope in (self, *parts):
             if scope._rollback_only is not None:
                 failed, error, why = scope._rollback_only
                 if failed is None or failed is transaction:

@@ -127,12 +127,12 @@ class Sight:
         self,
         binder: Binder,
         name: str | tuple[object, object],
-        *,
         commit_at: str = "start",
+        *,
         kind: type[ObservedScope] | None = None,
     ) -> ObservedScope:
         """Make the next attempt at it."""
-        self._scope = scope = (ObservedScope if kind is None else kind)(binder, name, commit_at=commit_at)
+        self._scope = scope = (ObservedScope if kind is None else kind)(binder, name, commit_at)
         scope.sight = self
         self._error, self._outcome = None, "nothing"
         return scope

@@ -32,7 +32,7 @@ from __future__ import annotations
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from functools import lru_cache, partial
 from threading import RLock
@@ -62,7 +62,7 @@ class Watched(Unit):
     #: Where it goes, if it may go to a replica; nothing for all others.
     route: Route | None = None
     #: What the transaction uses (and perhaps what earlier ones used and gave back).
-    connections: list[Connection]
+    connections: Sequence[Connection]
     #: Whether somebody will want to know about open results and changes.
     watching: bool
     #: The statements of the current transaction, if so and if one has begun.
@@ -420,7 +420,7 @@ def _before_commit(session: Session) -> None:
     while frame is not None:
         unit = frame.unit
         if unit is not None and unit.binder.peek(unit) is session:
-            unit._check_commit(session, session.get_nested_transaction() or session.get_transaction())
+            unit._check_commit(session)
         frame = frame.outer
 
 

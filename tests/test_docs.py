@@ -797,21 +797,21 @@ def test_the_first_steps(reader, tmp_path, monkeypatch, waitress_server, chromiu
     reader.write(tmp_path / "test_guests.py")
     monkeypatch.syspath_prepend(tmp_path)
     import guests  # type: ignore[import-not-found]
-    from selenium.webdriver.support.expected_conditions import staleness_of
-    from selenium.webdriver.support.wait import WebDriverWait
+
+    from tests.test_ledger_browser import Browser
 
     server = waitress_server(guests.application)
+    browser = Browser(chromium, server.url, tmp_path)
     try:
         # It is used...
-        chromium.get(server.url)
+        browser.open()
 
         def sign(name: str) -> str:
-            chromium.get(server.url)
-            chromium.find_element("name", "name").send_keys(name)
-            button = chromium.find_element("css selector", "button")
-            button.click()
-            WebDriverWait(chromium, 60).until(staleness_of(button))
-            return str(chromium.find_element("css selector", "body").text)
+            browser.open()
+            browser.find("[name=name]").send_keys(name)
+            with browser.next_page():
+                browser.find("button").click()
+            return browser.text("body")
 
         assert "Barbara" in sign("Barbara")
         assert "Internal Server Error" in sign("Barbara")
@@ -821,8 +821,8 @@ def test_the_first_steps(reader, tmp_path, monkeypatch, waitress_server, chromiu
         assert "4 passed" in run_pytest(tmp_path)
 
         # ... and nothing but what was signed is there afterwards.
-        chromium.get(server.url)
-        assert chromium.find_element("css selector", "pre").text == "Barbara"
+        browser.open()
+        assert browser.text("pre") == "Barbara"
         [expression] = blocks(TUTORIAL, "javascript")["See what it costs"]
         timing = {entry["name"]: entry for entry in chromium.execute_script(f"return {expression.strip()}")}
         assert set(timing) == {"db", "commit", "attempts"}
