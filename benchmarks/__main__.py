@@ -3,6 +3,7 @@
     python -m benchmarks                       # everything: minutes
     python -m benchmarks --parts requests      # a part of it
     python -m benchmarks --scale 0.1           # in a hurry
+    python -m benchmarks --parts served --families WSGI --scale 10     # one question, thoroughly
 
 ``tox -e bench`` does the first.  Prints tables; leaves these, all figures as JSON, and plots as SVG in a folder.
 (``--output docs/measured`` is where the documentation has its own.)
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import growth, in_process, lost_races, report, served, slow_clients
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, FAMILIES
 from tests.servers import NotInstalled, run_postgresql
 
 Measure = Callable[..., Iterator[dict[str, Any]]]
@@ -39,6 +40,8 @@ SERVED: dict[str, Measure] = {
     "lost-races": lost_races.measure,
 }
 PARTS = (*IN_PROCESS, *SERVED)
+#: Those of all contenders. (The other parts have few, of their own.)
+WITH_FAMILIES = ("requests", "served")
 
 
 def facts() -> dict[str, str]:
@@ -65,17 +68,23 @@ def _processor() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
-def measure(parts: list[str], scale: float, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def measure(
+    parts: list[str], families: list[str], scale: float, tell: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """What the parts find.  A part whose programs are missing is told of, and left out."""
+
+    def options(name: str) -> dict[str, Any]:
+        return {"scale": scale, "families": families} if name in WITH_FAMILIES else {"scale": scale}
+
     for name in [name for name in IN_PROCESS if name in parts]:
-        yield from IN_PROCESS[name](tell, scale=scale)
+        yield from IN_PROCESS[name](tell, **options(name))
     names = [name for name in SERVED if name in parts]
     if names:
         with _missing_is_told(tell, names), run_postgresql() as server:
             for name in names:
                 with _missing_is_told(tell, [name]), server.database() as url:
                     address = url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-                    yield from SERVED[name](address, tell, scale=scale)
+                    yield from SERVED[name](address, tell, **options(name))
 
 
 @contextmanager
@@ -89,20 +98,23 @@ def _missing_is_told(tell: Callable[[str], None], names: list[str]) -> Iterator[
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("::")[0])
     parser.add_argument("--parts", help=f"some of {','.join(PARTS)} (default: all)", default=",".join(PARTS))
+    known = ",".join(FAMILIES)
+    parser.add_argument("--families", help=f"of contenders, some of {known} (default: all)", default=known)
     parser.add_argument("--scale", type=float, default=1.0, help="of the time that is spent (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), help="the folder for what comes out")
     parser.add_argument("--again", type=Path, metavar="FILE", help="make tables and plots of the figures in this file")
     arguments = parser.parse_args()
-    parts = arguments.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    parts, families = arguments.parts.split(","), arguments.families.split(",")
+    for option, given, there in (("--parts", parts, PARTS), ("--families", families, FAMILIES)):
+        if unknown := set(given) - set(there):
+            parser.error(f"{option}: there is no {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     if not 0 < arguments.scale <= 100:
         parser.error(f"--scale must be more than 0 and at most 100, not {arguments.scale}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.again:
         found = json.loads(arguments.again.read_text(encoding="utf-8"))
     else:
-        found = {"facts": facts(), "results": run(parts, arguments.scale)}
+        found = {"facts": facts(), "results": run(parts, families, arguments.scale)}
         path = arguments.output / "results.json"
         path.write_text(_as_json(found), encoding="utf-8")
     for name, text in report.tables(found["facts"], found["results"]).items():
@@ -126,7 +138,7 @@ def _as_json(found: dict[str, Any]) -> str:
     return f'{{"facts": {json.dumps(found["facts"], indent=1)},\n"results": [\n{results}\n]}}\n'
 
 
-def run(parts: list[str], scale: float) -> list[dict[str, Any]]:
+def run(parts: list[str], families: list[str], scale: float) -> list[dict[str, Any]]:
     # A replay is logged; where that goes is not what is measured.
     logging.getLogger("sa_wsgi_session").addHandler(logging.NullHandler())
     logging.getLogger("sa_wsgi_session").propagate = False
@@ -136,7 +148,7 @@ def run(parts: list[str], scale: float) -> list[dict[str, Any]]:
         print(f"{time.monotonic() - began:5.0f} s  {text}", file=sys.stderr, flush=True)
 
     try:
-        return list(measure(parts, scale, tell))
+        return list(measure(parts, families, scale, tell))
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error}\n{error.stderr or ''}")
 

@@ -598,6 +598,8 @@ CONTENDERS = [
     ),
 ]
 
+FAMILIES = tuple(dict.fromkeys(contender.family for contender in CONTENDERS))
+
 
 def named(name: str) -> Contender:
     """The contender of that name.

@@ -11,7 +11,7 @@ import io
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from benchmarks.contenders import CASES, CHUNKS, CONTENDERS, HEADERS, Application, Database, Environ, Failure
+from benchmarks.contenders import CASES, CHUNKS, CONTENDERS, FAMILIES, HEADERS, Application, Database, Environ, Failure
 from sa_wsgi_session import SessionMiddleware, contextual_session
 
 #: How many requests of a case make a round.
@@ -130,22 +130,29 @@ def frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def measure(tell: Callable[[str], None], *, scale: float = 1.0) -> Iterator[dict[str, Any]]:
+def measure(
+    tell: Callable[[str], None], *, scale: float = 1.0, families: Collection[str] = FAMILIES
+) -> Iterator[dict[str, Any]]:
     """The requests of all contenders, then the chunks of a body.
 
     :param tell: called with what is being measured.
     :param scale: of the number of rounds.
+    :param families: of the contenders.
     """
     rounds = max(3, round(ROUNDS * scale))
-    apps: dict[str, Application] = {contender.name: contender.make(Database()) for contender in CONTENDERS}
+    apps: dict[str, Application] = {
+        contender.name: contender.make(Database()) for contender in CONTENDERS if contender.family in families
+    }
     with frozen():
         for case in CASES:
             tell(f"in one process: {case}")
             contenders = {
                 contender.name: partial(time_requests, apps[contender.name], case, REQUESTS[case])
                 for contender in CONTENDERS
-                if case not in contender.without
+                if contender.name in apps and case not in contender.without
             }
+            if not contenders:
+                continue
             times = alternate(contenders, rounds)
             tracemalloc.start()
             peaks = {name: peak_of_request(apps[name], case) for name in contenders}

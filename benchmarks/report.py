@@ -123,10 +123,17 @@ def _requests(results: Sequence[Result]) -> Iterator[str]:
         return shown(ratios(ours["microseconds"], theirs["microseconds"]))
 
     header = ["contender", *(TITLES[case] for case in CASES)]
-    rows = [[contender.name, *(time(contender, case) for case in CASES)] for contender in CONTENDERS]
+    contenders = _measured(found)
+    rows = [[contender.name, *(time(contender, case) for case in CASES)] for contender in contenders]
     yield table("Microseconds of processor time per request, medians", header, rows)
-    rows = [[contender.name, *(ratio(contender, case) for case in CASES)] for contender in CONTENDERS]
+    rows = [[contender.name, *(ratio(contender, case) for case in CASES)] for contender in contenders]
     yield table("The same as a ratio to the reference of the family, which is 1: medians and quartiles", header, rows)
+
+
+def _measured(found: Iterable[tuple[str, str]]) -> list[Contender]:
+    """Those of which there is anything, by name and case."""
+    names = {name for name, _ in found}
+    return [contender for contender in CONTENDERS if contender.name in names]
 
 
 def _memory(results: Sequence[Result]) -> Iterator[str]:
@@ -140,7 +147,7 @@ def _memory(results: Sequence[Result]) -> Iterator[str]:
                     for case in CASES
                 ),
             ]
-            for contender in CONTENDERS
+            for contender in _measured(found)
         ]
         header = ["contender", *(TITLES[case] for case in CASES)]
         yield table("KiB that a request has allocated at its peak, over what there was before it", header, rows)
@@ -353,7 +360,9 @@ def _plot_requests(results: Sequence[Result], path: Path) -> bool:
     found = {(each["contender"], each["case"]): each["microseconds"] for each in _of(results, "request")}
     if not found:
         return False
-    families = ("WSGI", "Flask", "Pyramid")
+    families = [family for family in ("WSGI", "Flask", "Pyramid") if (REFERENCES[family], CASES[0]) in found]
+    if not families:
+        return False
     cases = [case for case in CASES if case != "/race"]
     figure, grid = plt.subplots(len(cases), len(families), figsize=(12, 1.5 * len(cases)), squeeze=False)
     for row, case in zip(grid, cases, strict=True):

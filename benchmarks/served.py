@@ -11,13 +11,13 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.contenders import CONTENDERS, FAMILIES, Contender
 from benchmarks.serve import SERVERS, Served, Setup, serving, turns
 from tests.servers import NotInstalled, find_program
 
@@ -41,11 +41,14 @@ end
 """
 
 
-def measure(database_url: str, tell: Callable[[str], None], *, scale: float = 1.0) -> Iterator[dict[str, Any]]:
+def measure(
+    database_url: str, tell: Callable[[str], None], *, scale: float = 1.0, families: Collection[str] = FAMILIES
+) -> Iterator[dict[str, Any]]:
     """All contenders, under waitress, then under gunicorn.
 
     :param tell: called with what is being measured.
     :param scale: of the number of rounds.
+    :param families: of the contenders.
     :raises NotInstalled: without wrk.
     """
     try:
@@ -54,7 +57,11 @@ def measure(database_url: str, tell: Callable[[str], None], *, scale: float = 1.
         raise NotInstalled(f"{missing} (apt install wrk)") from None
     rounds = max(1, round(ROUNDS * scale))
     # What these two cost beside the others is measured in one process.
-    contenders = [each for each in CONTENDERS if not each.name.endswith((", contextual", ", observed"))]
+    contenders = [
+        each
+        for each in CONTENDERS
+        if each.family in families and not each.name.endswith((", contextual", ", observed"))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "report.lua"
         script.write_text(_SCRIPT)
