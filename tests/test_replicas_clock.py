@@ -7,16 +7,21 @@ of it holds; here are the numbers.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import QueuePool
 
-from sa_wsgi_session import _cluster
+from sa_wsgi_session import _cluster, session_scope
+from sa_wsgi_session._binding import here
 from sa_wsgi_session._cluster import Cluster, Primary, Replica
 
 START = 1000.0
@@ -93,6 +98,42 @@ def out_for(replica: Replica, clock: Clock) -> float:
             if asked:
                 return sixteenths / 16
     raise AssertionError  # it is never asked again
+
+
+class TestQuestion:
+    @pytest.fixture
+    def made(self) -> list[object]:
+        return []
+
+    @pytest.fixture
+    def asked(self, tmp_path: Path, made: list[object]) -> Iterator[sa.Engine]:
+        """Without a fixture ``server``: an engine that is really asked; *made* are its connections."""
+        engine = sa.create_engine(f"sqlite:///{tmp_path / 'database'}", poolclass=QueuePool)
+        sa.event.listen(engine, "connect", lambda connection, record: made.append(connection))
+        yield engine
+        engine.dispose()
+
+    def test_it_leaves_nothing_behind(self, asked, made):
+        assert _cluster.ask(asked, "SELECT 1, 2") == (1, 2)
+        assert _cluster.ask(asked, "SELECT 3") == (3,)
+        assert len(made) == 1
+        assert asked.pool.checkedout() == 0
+
+    def test_one_that_fails_leaves_no_connection_behind_either(self, asked, made):
+        with pytest.raises(sqlite3.OperationalError):
+            _cluster.ask(asked, "nonsense")
+        assert asked.pool.checkedout() == 0
+        assert _cluster.ask(asked, "SELECT 1") == (1,)
+        assert len(made) == 2
+
+    def test_the_unit_of_work_that_asks_does_not_hear_of_it(self, asked):
+        heard: list[object] = []
+        sa.event.listen(asked, "checkout", lambda *_: heard.append(here.get()))
+        with session_scope(sessionmaker(asked)) as session:
+            _cluster.ask(asked, "SELECT 1")
+            session.connection()
+        assert heard[0] is None
+        assert heard[1] is not None
 
 
 class TestReplicaThatFails:
@@ -391,6 +432,16 @@ class TestCluster:
         assert cluster.least_busy([b]) is b
         c.serving.add("one")
         assert {cluster.least_busy([a, b, c]) for _ in range(4)} == {a, c}
+
+    def test_a_password_may_change(self, make):
+        one, another = (make(f"postgresql+psycopg2://app:{password}@db1/shop") for password in ("old", "new"))
+        assert one.homes.keys() == another.homes.keys()
+
+    def test_one_that_was_never_asked_is_asked_first(self, make, server):
+        cluster = make("sqlite:///a")
+        server.now_says((0, 1))
+        assert cluster.choose(0, frozenset(), START) is cluster.replicas[0]
+        assert len(server.asked) == 1
 
     def test_those_are_chosen_that_are_known_to_have_it(self, make, clock, server):
         cluster = make()
