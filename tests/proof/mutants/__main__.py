@@ -124,7 +124,8 @@ class Tests:
         options = "-p", "pytest_cov", f"--cov={self._package}", "--cov-context=test", "--cov-report="
         seconds = self._in_process(lambda: self._pytest(*options) or self._seconds, 3600)
         if not isinstance(seconds, Counter):
-            sys.exit(f"the tests fail where nothing is broken: see {self._log}")
+            end = self._log.read_text(errors="replace")[-5_000:]
+            sys.exit(f"the tests fail where nothing is broken:\n{end}")
         self._seconds = seconds
         data = coverage.CoverageData(str(self._copy / ".coverage"))
         data.read()
@@ -235,6 +236,7 @@ class Tests:
             except BaseException:
                 traceback.print_exc(file=sys.__stderr__)
             finally:
+                sys.stdout.flush()
                 os._exit(0)
         sender.close()
         try:
@@ -369,7 +371,7 @@ def run(mutants: Sequence[Mutant], results: Results, folder: Path, packages: str
             stack.callback(collect, folder / f"results{number}", results)
             copy = folder / str(number) / "copy"
             shutil.copytree(folder / "original", copy)
-            stack.callback(shutil.rmtree, copy)
+            stack.callback(shutil.rmtree, copy, ignore_errors=True)
             share = [mutant for mutant in mutants if functions[place_of(mutant)] % len(numbers) == number]
             (folder / f"mutants{number}").write_bytes(pickle.dumps(share))
             environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (packages, str(copy))))}
@@ -394,7 +396,7 @@ def collect(path: Path, results: Results) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     again, modules = "--again" in arguments, [it for it in arguments if it != "--again"]
-    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         original = folder / "original"
         files = subprocess.check_output(
