@@ -261,10 +261,10 @@ class TestWhatIsKnownOfAReplica:
         assert replica.has(10, clock.now)
         assert len(server.asked) == 1
 
-        clock.now += _cluster._FRESH - 1e-6
+        clock.now += 0.004
         assert not replica.has(11, clock.now)
         assert len(server.asked) == 1
-        clock.now = START + _cluster._FRESH + 1e-9
+        clock.now = START + 0.006
         assert replica.has(11, clock.now)
         assert len(server.asked) == 2
 
@@ -291,6 +291,62 @@ class TestWhatIsKnownOfAReplica:
         assert "ARRAY[91,95]" in server.asked[0]
 
 
+class Driver:
+    """A connection of the driver, and its cursor, to a server that answers with *row*."""
+
+    def __init__(self, row: Any) -> None:
+        self.row = row
+        self.did: list[str] = []
+
+    def cursor(self) -> Driver:
+        return self
+
+    def execute(self, question: str) -> None:
+        self.did.append("execute")
+
+    def fetchone(self) -> Any:
+        return self.row
+
+    def close(self) -> None:
+        self.did.append("close the cursor")
+
+    def rollback(self) -> None:
+        self.did.append("roll back")
+
+
+class TestConnection:
+    """A new one, to a replica."""
+
+    @pytest.fixture
+    def connect(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+        def connect(row: Any) -> list[str]:
+            driver = Driver(row)
+
+            def set_readonly(connection: object, value: bool) -> None:
+                assert connection is driver
+                driver.did.append(f"read only: {value}")
+
+            monkeypatch.setattr(replica.dialect, "set_readonly", set_readonly, raising=False)
+            replica.connected(driver, None)
+            return driver.did
+
+        return connect
+
+    def test_it_asks_once_and_changes_nothing(self, replica, connect):
+        assert connect((10, 2)) == ["execute", "close the cursor", "roll back", "read only: True"]
+        assert replica.known == (10, 2, START, "abc.2")
+        assert replica.failures == 0
+
+    def test_one_to_a_server_that_is_no_standby_is_read_only_too_but_what_it_has_replayed_is_worth_nothing(
+        self, replica, connect, caplog
+    ):
+        connect((10, 2))
+        assert connect(None)[-1] == "read only: True"
+        assert replica.known == (-1, 0, START, "abc.0")
+        assert replica.failures == 1
+        assert "NoStandby" in caplog.text
+
+
 class TestPrimary:
     def test_the_floor_is_what_it_had_done_a_while_ago(self, primary, clock, server):
         assert (primary.floor, primary.latest) == (0, 0)
@@ -298,6 +354,7 @@ class TestPrimary:
             (0, 10, 10),
             (0.5, 15, 10),  # too soon to be remembered
             (1, 20, 10),
+            (1.5, 25, 10),  # too soon again
             (16, 160, 10),
             (17, 170, 10),  # the lag that is allowed, and a sixteenth more
             (17.25, 180, 20),
@@ -308,6 +365,11 @@ class TestPrimary:
             server.now_says((position,))
             assert primary.ask() == position
             assert (primary.floor, primary.latest) == (floor, position), seconds
+
+    def test_nothing_has_been_done_yet(self, primary, server):
+        server.now_says((0,))
+        primary.ask()
+        assert primary.floor == 0
 
     def test_after_a_while_without_requests_it_is_what_it_has_done_by_now(self, primary, clock, server):
         server.now_says((10,), (99,))
@@ -353,6 +415,10 @@ class TestPrimary:
         primary.ask()
         assert not primary.lags(9, START + 15.9)
         assert primary.lags(9, START + 16)
+        assert not primary.lags(10, START + 16)
+        clock.now += 15
+        server.now_says((50,))
+        primary.ask()
         assert not primary.lags(10, START + 16)
 
     def test_it_is_asked_now_and_then(self, primary, clock, server):
@@ -413,6 +479,7 @@ class TestCluster:
         assert one.homes.keys().isdisjoint(make(key=b"another").homes)
         assert all(len(home) == len("0123456789ab.0") for home in one.homes)
         assert make(key=bytes(64)).homes.keys() == make(key=bytes(100)).homes.keys()
+        assert make(key=bytes(64)).homes.keys().isdisjoint(make(key=bytes(63) + b"a").homes)
 
     def test_engines_that_cannot_be_told_apart_can(self, make):
         cluster = make("sqlite://", "sqlite://", "sqlite://")
@@ -447,7 +514,7 @@ class TestCluster:
         cluster = make()
         a, b, c = cluster.replicas
         for replica, position in ((a, 5), (b, 10), (c, 10)):
-            replica.learns(position, 1, asked=START - _cluster._NEVERTHELESS / 2)
+            replica.learns(position, 1, asked=START - 0.09)
         chosen = {cluster.choose(10, frozenset(), START) for _ in range(3)}
         assert chosen == {b, c}
         assert cluster.choose(10, frozenset({b}), START) is c
@@ -459,10 +526,18 @@ class TestCluster:
         cluster = make()
         a, b, c = cluster.replicas
         for replica, position in ((a, 5), (b, 9), (c, 7)):
-            replica.learns(position, 1, asked=START - _cluster._NEVERTHELESS / 2)
+            replica.learns(position, 1, asked=START - 0.09)
         server.now_says((10, 1))
         assert cluster.choose(10, frozenset(), START) is b
         assert len(server.asked) == 1
+
+    def test_all_are_asked_whose_position_is_old(self, make, clock, server):
+        cluster = make()
+        for replica in cluster.replicas:
+            replica.learns(5, 1, asked=START - 0.11)
+        server.now_says((10, 1))
+        assert cluster.choose(10, frozenset(), START) is cluster.replicas[0]
+        assert len(server.asked) == 3
 
     def test_none_where_none_has_it(self, make, clock, server):
         cluster = make()
@@ -487,6 +562,14 @@ class TestCluster:
             cluster.listen()
             heard = {sa.event.contains(it.engine, "connect", it.connected) for it in cluster.replicas}
             assert heard == {positions}
+
+    def test_what_is_open_already_was_made_without_a_question(self, make, tmp_path):
+        cluster = make(f"sqlite:///{tmp_path / 'replica'}")
+        engine = cluster.replicas[0].engine = sa.create_engine(f"sqlite:///{tmp_path / 'replica'}", poolclass=QueuePool)
+        engine.raw_connection().close()
+        assert engine.pool.checkedin() == 1  # type: ignore[attr-defined]
+        cluster.listen()
+        assert engine.pool.checkedin() == 0  # type: ignore[attr-defined]
 
     def test_the_primary_catches_up(self, make, clock, server, monkeypatch):
         cluster = make()

@@ -516,6 +516,17 @@ def test_a_job(world: World, seen: Seen) -> None:
     assert (seen.one.outcome, seen.one.statements) == ("committed", 1)
 
 
+def test_a_job_that_fails_where_there_is_no_policy(world: World, seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    @with_session(world.Session, observer=seen)
+    def purge(*, session: Any) -> None:
+        raise Failure
+
+    with pytest.raises(Failure):
+        purge()
+    assert (seen.one.outcome, seen.one.attempts) == ("nothing", 1)
+    assert caplog.messages == []
+
+
 def test_a_job_that_is_replayed(world: World, seen: Seen) -> None:
     attempts = []
 
