@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +17,7 @@ from sa_wsgi_session import SessionMiddleware, contextual_session, current_scope
 from sa_wsgi_session._cluster import Cluster, Replica
 from sa_wsgi_session.replicas import ReadReplicas, ReplicaError
 from tests.replicated import SECRET, Site, Visitor
-from tests.support import Base, Note, make_session, note
+from tests.support import Base, Exchange, Note, make_environ, make_session, note
 
 # -- arguments --------------------------------------------------------------------------------------------------------
 
@@ -148,6 +150,37 @@ def test_a_visitor_reads_from_a_replica_and_stays_there(copies):
     homes = [visitor.request() for visitor in visitors]
     assert sorted(homes) == ["1", "1", "2", "2"]
     assert [visitor.request() for visitor in visitors] == homes
+
+
+def test_replicas_need_neither_a_policy_nor_an_observer(copies):
+    visitor = copies.visitor(observer=None)
+    assert visitor.request() in ("1", "2")
+    assert visitor.request(method="POST") == "0"
+
+
+def test_without_a_policy_a_lost_race_is_an_error(copies):
+    seen = []
+
+    def view() -> Any:
+        seen.extend(copies.texts())
+        raise sa.exc.OperationalError("SELECT", {}, sqlite3.OperationalError("database is locked"))
+
+    app = copies.app(view, observer=None)
+    with pytest.raises(sa.exc.OperationalError):
+        Exchange(app, make_environ())
+    assert len(seen) == 1
+
+
+def test_without_a_policy_a_body_is_there_once_more_on_the_primary(copies):
+    def view() -> list[bytes]:
+        body = current_environ["wsgi.input"].read()
+        copies.Session.add(note(body.decode()))
+        return []
+
+    app = copies.app(view, observer=None)
+    current_environ = make_environ() | {"CONTENT_LENGTH": "3", "wsgi.input": io.BytesIO(b"new")}
+    Exchange(app, current_environ).read()
+    assert copies.visitor(copies.texts).request(method="POST") == "0,new"
 
 
 def test_who_has_used_the_primary_is_served_by_it_for_a_while(copies):

@@ -798,6 +798,15 @@ def test_a_file_wrapper_is_not_asked_for_where_the_server_has_none(world: World)
     assert request(SessionMiddleware(app, world.Session)).content == b"False"
 
 
+def test_a_file_wrapper_that_is_none_stays_none(world: World) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", PLAIN)
+        return [repr(environ["wsgi.file_wrapper"]).encode()]
+
+    exchange = Exchange(SessionMiddleware(app, world.Session), make_environ() | {"wsgi.file_wrapper": None})
+    assert exchange.read() == b"None"
+
+
 # -- stream -----------------------------------------------------------------------------------------------------------
 
 
