@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache, partial
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqlalchemy import event
@@ -66,7 +67,8 @@ class Router:
         self.tokens = tokens
         self.header_key = tokens.header_key
         self.read_only = read_only
-        self.sticky = max(1, round(sticky + 0.5))
+        # A token tells when it was issued in whole seconds: up to one less.
+        self.sticky = ceil(sticky) + 1
 
     def listen(self, session_class: type[Session]) -> None:
         """Listen to its engines, and have the sessions of that class ask for theirs."""
