@@ -13,8 +13,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, sessionmaker
 
-from sa_wsgi_session import SessionMiddleware, contextual_session, current_scope
+from sa_wsgi_session import RetryPolicy, SessionMiddleware, contextual_session, current_scope
 from sa_wsgi_session._cluster import Cluster, Replica
+from sa_wsgi_session._transient import Conflict
 from sa_wsgi_session.replicas import ReadReplicas, ReplicaError
 from tests.replicated import SECRET, Site, Visitor
 from tests.support import Base, Exchange, Note, make_environ, make_session, note
@@ -181,6 +182,31 @@ def test_without_a_policy_a_body_is_there_once_more_on_the_primary(copies):
     current_environ = make_environ() | {"CONTENT_LENGTH": "3", "wsgi.input": io.BytesIO(b"new")}
     Exchange(app, current_environ).read()
     assert copies.visitor(copies.texts).request(method="POST") == "0,new"
+
+
+def test_where_a_replica_cannot_serve_it_is_no_race_that_is_lost(copies, caplog):
+    caplog.set_level("DEBUG", "sa_wsgi_session")
+    tried = []
+
+    def view() -> list[bytes]:
+        tried.extend(copies.texts())
+        route: Any = current_scope().route
+        if route.replica is not None:
+            route.leaves(route.replica, Conflict("test"))
+        if len(tried) < 5:
+            raise sa.exc.OperationalError("SELECT", {}, sqlite3.OperationalError("database is locked"))
+        return [b"done"]
+
+    assert copies.visitor(view, retry=RetryPolicy(3, delay=0)).request() == "done"
+    # Two replicas, which the policy does not count, and three attempts on the primary.
+    assert sorted(tried) == [b"0", b"0", b"0", b"1", b"2"]
+    lost = [message for message in caplog.messages if "attempt" in message]
+    assert [message.partition(" in 0.")[0] for message in lost] == [
+        "GET /: attempt 1 cannot go on where it is (test)",
+        "GET /: attempt 2 cannot go on where it is (test)",
+        "GET /: attempt 1 of 3 lost a race (SQLite BUSY) and is replayed",
+        "GET /: attempt 2 of 3 lost a race (SQLite BUSY) and is replayed",
+    ]
 
 
 def test_who_has_used_the_primary_is_served_by_it_for_a_while(copies):

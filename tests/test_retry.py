@@ -513,6 +513,18 @@ def swallow_and_fail_in_a_unit_of_its_own(world: World) -> None:
         raise ValueError
 
 
+def lose_within_a_savepoint_and_then_the_connection(world: World) -> None:
+    """Of which nobody hears; but what had been done before the SAVEPOINT is gone with the connection."""
+    write(world, "lost")
+    pid = world.Session.execute(sa.text("SELECT pg_backend_pid()")).scalar()
+    with suppress(DBAPIError), world.Session.begin_nested():
+        swallow(world)
+        with rival(world) as connection:
+            connection.execute(sa.text(f"SELECT pg_terminate_backend({pid}, 60000)"))
+        world.Session.execute(sa.text("SELECT 1"))
+    raise Failure
+
+
 def lose_on_a_second_connection(world: World) -> None:
     with world.engine.connect() as connection:
         connection.execute(sa.text("SELECT fail('40P01')"))
@@ -540,6 +552,7 @@ def lose_on_a_second_connection(world: World) -> None:
         swallow_in_a_unit_of_its_own,
         swallow_stale_data_in_a_unit_of_its_own,
         swallow_and_fail_in_a_unit_of_its_own,
+        lose_within_a_savepoint_and_then_the_connection,
         lose_on_a_second_connection,
     ],
 )
@@ -2117,6 +2130,25 @@ def test_each_pause_is_a_random_part_of_a_bound_that_doubles(
     assert len(pauses) == len(bounds)
     assert all(0 <= pause <= bound for pause, bound in zip(pauses, bounds, strict=True))
     assert len({pause / bound for pause, bound in zip(pauses, bounds, strict=True)}) == len(bounds)
+
+
+def test_the_bounds_begin_with_the_delay_of_the_policy(sqlite_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sa_wsgi_session._retry.uniform", lambda least, most: most)
+    tried, pauses = pausing(sqlite_world, monkeypatch, attempts=7, delay=8, max_delay=100, deadline=None)
+    tried.raises(StaleDataError)
+    assert pauses == [8, 16, 32, 64, 100, 100]
+
+
+def test_who_debugs_is_told_why_nothing_is_replayed(sqlite_world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "sa_wsgi_session")
+
+    def view() -> None:
+        write(sqlite_world, "kept")
+        sqlite_world.Session.commit()
+        find_it_stale(sqlite_world)
+
+    Tried(sqlite_world, view).raises(StaleDataError)
+    assert "GET /: attempt 1 lost a race (StaleDataError) but has done what can't be undone" in caplog.messages
 
 
 def test_a_thousand_attempts_have_pauses_too(sqlite_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
