@@ -297,6 +297,8 @@ def test_after_the_request_its_scope_says_that_it_has_ended(world: World) -> Non
         scope.session  # noqa: B018
     with pytest.raises(NoActiveScope, match="ended"):
         scope.doom("too late")
+    with pytest.raises(NoActiveScope, match="use_primary.. of GET / was used after"):
+        scope.use_primary()
 
 
 def test_between_the_chunks_the_scope_gives_no_session_away(world: World) -> None:
