@@ -297,7 +297,7 @@ def test_after_the_request_its_scope_says_that_it_has_ended(world: World) -> Non
         scope.session  # noqa: B018
     with pytest.raises(NoActiveScope, match="ended"):
         scope.doom("too late")
-    with pytest.raises(NoActiveScope, match="use_primary.. of GET / was used after"):
+    with pytest.raises(NoActiveScope, match="of GET / was used after that unit of work had ended"):
         scope.use_primary()
 
 
