@@ -322,7 +322,7 @@ class SessionMiddleware:
         environ[self._scope_key] = scope
         environ[self._session_key] = self.session
         response = _Response(scope, self._commit_veto, environ, start_response)
-        made_file = _find_file_wrapper(environ) if "wsgi.file_wrapper" in environ else None
+        made_file = _find_file_wrapper(environ)
         body: Any = None
         stream: Stream | None = None
         binder.enter(scope)

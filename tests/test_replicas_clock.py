@@ -567,9 +567,11 @@ class TestCluster:
         cluster = make(f"sqlite:///{tmp_path / 'replica'}")
         engine = cluster.replicas[0].engine = sa.create_engine(f"sqlite:///{tmp_path / 'replica'}", poolclass=QueuePool)
         engine.raw_connection().close()
-        assert engine.pool.checkedin() == 1  # type: ignore[attr-defined]
+        assert isinstance(engine.pool, QueuePool)
+        assert engine.pool.checkedin() == 1
         cluster.listen()
-        assert engine.pool.checkedin() == 0  # type: ignore[attr-defined]
+        assert isinstance(engine.pool, QueuePool)
+        assert engine.pool.checkedin() == 0
 
     def test_the_primary_catches_up(self, make, clock, server, monkeypatch):
         cluster = make()

@@ -61,6 +61,11 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return world
 
 
+def connection_to(engine: sa.Engine) -> Any:
+    """As far as a route looks at a connection."""
+    return SimpleNamespace(dialect=engine.dialect)
+
+
 class Visit:
     """One request; *headers* are those that the response has had."""
 
@@ -87,9 +92,12 @@ class Visit:
         route, world = self.route, self.world
         engine = route.bind(world.primary)
         assert engine is (world.primary if route.replica is None else route.replica.engine)
-        if not route.begins(SimpleNamespace(dialect=engine.dialect)):  # type: ignore[arg-type]
+        if not route.begins(connection_to(engine)):
             route.uses_primary()
         return route.engine
+
+    def use_primary(self) -> None:
+        self.route.use_primary(cast(Any, "GET /"))
 
     def answer(self, *, waits: bool = False) -> Visit:
         self.route.settled(waits=waits)
@@ -164,7 +172,7 @@ class TestReader:
     def test_a_transaction_on_another_database_is_none_of_the_replica(self, world):
         visit = Visit(world)
         visit.query()
-        assert not visit.route.begins(SimpleNamespace(dialect=world.primary.dialect))  # type: ignore[arg-type]
+        assert not visit.route.begins(connection_to(world.primary))
 
     def test_the_header_of_an_exception_goes_on(self, world):
         visit = Visit(world)
@@ -218,7 +226,7 @@ class TestWriter:
     @pytest.mark.parametrize("method", ["GET", "POST"])
     def test_a_transaction_on_the_primary_that_goes_on_is_for_all(self, world, method):
         visit = Visit(world, method)
-        visit.route.use_primary(None)  # type: ignore[arg-type]
+        visit.use_primary()
         if method == "GET":
             assert visit.query() == "primary"
         cookies = visit.answer(waits=True).cookies
@@ -308,7 +316,7 @@ class TestElsewhere:
         assert engine is world.one.engine
         world.one.learns(position, incarnation, world.now)
         with pytest.raises(ReplicaError, match="replica 1 of 2 was started anew"):
-            visit.route.begins(SimpleNamespace(dialect=engine.dialect))  # type: ignore[arg-type]
+            visit.route.begins(connection_to(engine))
         assert visit.trial.elsewhere is not None
         visit.end()
         visit.route.attempt(None, visit.trial)
@@ -359,10 +367,10 @@ class TestElsewhere:
 
     def test_use_primary_comes_before_the_first_statement(self, world):
         visit = Visit(world)
-        visit.route.use_primary(None)  # type: ignore[arg-type]
+        visit.use_primary()
         assert (visit.query(), visit.route.reason) == ("primary", "use_primary()")
         visit = Visit(world)
         visit.query()
         with pytest.raises(RuntimeError, match="had been sent to replica 1 of 2"):
-            visit.route.use_primary(None)  # type: ignore[arg-type]
+            visit.use_primary()
         visit.end()
