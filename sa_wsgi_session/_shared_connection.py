@@ -40,8 +40,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -70,8 +71,8 @@ _IDLE, _IN_ERROR = 0, 3
 #: MySQL's ``ER_WARNING_NOT_COMPLETE_ROLLBACK``.
 _NOT_ROLLED_BACK = 1196
 
-#: The SAVEPOINT that is there as long as the transaction is.
-_FIRST = "isolated_0"
+#: How long, in seconds, a thread waits for a unit of work that has changed nothing so far.
+_PATIENCE = 1.0
 
 _ON_ITS_OWN = "test this case on a database of its own, without isolated()"
 
@@ -234,8 +235,8 @@ class Tenant:
         #: It has sent a BEGIN of its own.
         self.explicit = False
         self.read_only = False
-        #: The SAVEPOINT that PostgreSQL has aborted, where another tenant had to go on.
-        self.aborted: Savepoint | None = None
+        #: A statement in it has failed, after which PostgreSQL wants it rolled back, while others go on.
+        self.aborted = False
         #: Why its transaction is gone, if it is.
         self.lost = ""
 
@@ -287,12 +288,13 @@ class SharedConnection:
         #: What was left open is closed, in any order.
         self.is_clearing_up = False
         self._stack: list[Savepoint] = []
-        #: The SAVEPOINTs of inner blocks.
+        self._names = map("isolated_{}".format, count())
+        #: The SAVEPOINTs of the blocks, the innermost last.
         self._bases: list[str] = []
-        self._number = 0
         #: Who has sent the last statement.
-        self._last: Tenant | None = None
-        self._lost = False
+        self._last = Tenant()
+        #: Why the connection is of no use any more, if it is not.
+        self._lost: IsolationError | None = None
         self.has_ended = False
         self._has_temporary_tables = False
         self._turn = threading.Condition(threading.RLock())
@@ -343,7 +345,12 @@ class SharedConnection:
             self.autocommits = bool(asked() if asked is not None else driver.autocommit)
         if self._began:
             self._send("START TRANSACTION" if self.is_mysql else "BEGIN")
-        self._send(f"SAVEPOINT {_FIRST}")
+        self._begin_block()
+
+    def _begin_block(self) -> None:
+        base = next(self._names)
+        self._send(f"SAVEPOINT {base}")
+        self._bases.append(base)
 
     def end(self) -> None:
         """Roll everything back, and give the connection and the pool back as they were."""
@@ -352,10 +359,10 @@ class SharedConnection:
             self.engine.pool = self._pool
             self._hooks.remove()
             try:
-                if not self._lost:
+                if self._lost is None:
                     self._roll_back_all()
             finally:
-                if self._lost:
+                if self._lost is not None:
                     if not self.told:
                         self._lose(None)  # an inner block has told it, of itself
                     self._original.invalidate()
@@ -363,7 +370,7 @@ class SharedConnection:
 
     def _roll_back_all(self) -> None:
         with suppress(IsolationError):  # which is told
-            self._send(f"ROLLBACK TO SAVEPOINT {_FIRST}")
+            self._send(f"ROLLBACK TO SAVEPOINT {self._bases[0]}")
             if not self._began:
                 self.driver.rollback()
             else:
@@ -373,15 +380,15 @@ class SharedConnection:
             self._restore()
 
     def _look_for_remains(self) -> None:
-        cursor = self.driver.cursor()
-        cursor.execute("SHOW WARNINGS")
+        with closing(self.driver.cursor()) as cursor:
+            cursor.execute("SHOW WARNINGS")
+            codes = {row[1] for row in cursor.fetchall()}
         # (MariaDB says so of temporary tables, too.)
-        if any(row[1] == _NOT_ROLLED_BACK for row in cursor.fetchall()):
+        if _NOT_ROLLED_BACK in codes:
             self.tell(
                 "a table was changed whose storage engine knows no transactions (MyISAM, Aria, …), so the change "
                 "stays: make it an InnoDB table"
             )
-        cursor.close()
 
     def push(self) -> None:
         """A block begins within the block.
@@ -398,25 +405,22 @@ class SharedConnection:
                 )
             self._heal(None)
             self._float(None)
-            self._number += 1
-            base = f"isolated_{self._number}"
-            self._send(f"SAVEPOINT {base}")
-            self._bases.append(base)
+            self._begin_block()
 
     def pop(self) -> None:
         """It ends: roll back what was done in it."""
         with self._operation():
             base = self._bases.pop()
+            self._note_aborted(None)
             for tenant in self.tenants:
                 if tenant.has_changed:
                     tenant.lost = "the isolated() in which it has changed something has ended"
                     tenant.savepoints = []
                 tenant.cursors = []
-                tenant.aborted = None
                 for savepoint in tenant.savepoints:
                     savepoint.is_set = savepoint.holds = False
             self._stack.clear()
-            if not self._lost:
+            if self._lost is None:
                 self._send(f"ROLLBACK TO SAVEPOINT {base}", f"RELEASE SAVEPOINT {base}")
 
     def await_others(self) -> None:
@@ -437,7 +441,6 @@ class SharedConnection:
         """*tenant* asks for a cursor, and may do anything with it."""
         with self._operation():
             self._enter(tenant)
-            self._float(tenant)
             self._last = tenant
             if self.is_mysql:
                 # An unbuffered one would have to be read to its end before anybody else sends a statement.  (PyMySQL
@@ -466,7 +469,6 @@ class SharedConnection:
                 tenant.read_only = True
                 self._send("SET TRANSACTION READ ONLY")
             if effect_of(statement) is not Effect.READS:
-                self._float(tenant)
                 self._changes(tenant)
             elif _LOCKS.search(statement):
                 tenant.locks = True
@@ -489,9 +491,7 @@ class SharedConnection:
 
     def commit(self, tenant: Tenant) -> None:
         with self._operation():
-            self._settle()
-            self._commit(tenant)
-            self._begin_anew(tenant)
+            self._conclude(tenant, self._commit)
 
     def roll_back(self, tenant: Tenant) -> None:
         with self._turn:
@@ -500,9 +500,7 @@ class SharedConnection:
                 self.dropped.append(tenant)
                 return
         with self._operation():
-            self._settle()
-            self._roll_back(tenant)
-            self._begin_anew(tenant)
+            self._conclude(tenant, self._roll_back)
 
     def leave(self, tenant: Tenant) -> None:
         """*tenant* gives its connection back."""
@@ -544,14 +542,13 @@ class SharedConnection:
                 "a connection of a block of isolated() was used after the block had ended: end what uses it within the "
                 "block, or ask the engine for another connection"
             )
-        if self._lost:
-            raise IsolationError("the connection of isolated() is of no use any more: see its first error") from (
-                self.told[0] if self.told else None
-            )
+        if self._lost is not None:
+            raise IsolationError(
+                "the connection of isolated() is of no use any more: see its first error"
+            ) from self._lost
 
     def _enter(self, tenant: Tenant) -> None:
         """*tenant* is about to send a statement: it is its turn, and its SAVEPOINTs are set."""
-        self._check_alive()
         self._await_turn(tenant)
         if self._is_over():
             raise self._lose(None)
@@ -563,12 +560,13 @@ class SharedConnection:
         if not tenant.savepoints:
             tenant.unit = innermost()
             tenant.savepoints.append(self._new(tenant))
+        self._float(tenant)
         self._set(tenant)
 
     def _check_usable(self, tenant: Tenant) -> None:
         if tenant.lost:
             raise IsolationError(f"this transaction is gone: {tenant.lost}")
-        if tenant.aborted is not None:
+        if tenant.aborted:
             raise IsolationError(
                 "current transaction is aborted: an earlier statement in it has failed, so PostgreSQL would refuse "
                 "this one (InFailedSqlTransaction); roll back, or run the statement that may fail in begin_nested()"
@@ -576,7 +574,9 @@ class SharedConnection:
 
     def _await_turn(self, tenant: Tenant | None) -> None:
         """Wait until no other thread is in the midst of something."""
-        if not self._wait(lambda: not any(other.is_running for other in self._others(tenant)), min(self.timeout, 1.0)):
+        if not self._wait(
+            lambda: not any(other.is_running for other in self._others(tenant)), min(self.timeout, _PATIENCE)
+        ):
             # It may wait for this one, and perhaps has only read: go on, and do not ask again.
             for other in self._others(tenant):
                 other.passed = True
@@ -589,15 +589,16 @@ class SharedConnection:
         self._check_alive()
 
     def _others(self, tenant: Tenant | None) -> list[Tenant]:
-        """The other tenants, of other threads."""
+        """The other tenants, of other threads; without those that are about to be rolled back."""
         me = threading.get_ident()
-        return [other for other in self.tenants if other is not tenant and other.thread != me]
+        others = [other for other in self.tenants if other is not tenant and other.thread != me]
+        return [other for other in others if other not in self.dropped]
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         # Others may do something meanwhile.
         self._busy = False
         try:
-            return self._turn.wait_for(lambda: self.has_ended or condition(), seconds)
+            return self._turn.wait_for(lambda: self.has_ended or self._lost is not None or condition(), seconds)
         finally:
             self._busy = True
 
@@ -616,19 +617,22 @@ class SharedConnection:
                     self._commit(tenant)
         while self.dropped:
             tenant = self.dropped.popleft()
-            tenant.cursors = []
             self._roll_back(tenant)
             if tenant in self.tenants:
                 self.tenants.remove(tenant)
 
     def _heal(self, tenant: Tenant | None) -> None:
         """If PostgreSQL has aborted the transaction of another one, get out of that."""
-        if self._last is None or self._last is tenant or not self._last.savepoints or not self._is_aborted():
-            return
-        other = self._last
-        aborted = other.savepoints[-1]
-        self._undo(other, aborted, keep=True)
-        other.aborted = aborted
+        if self._note_aborted(tenant):
+            self._undo(self._last, self._last.savepoints[-1], keep=True)
+
+    def _note_aborted(self, tenant: Tenant | None) -> bool:
+        """Whether PostgreSQL has aborted the transaction of another one, which can only be rolled back then."""
+        last = self._last
+        if last is tenant or not last.savepoints or not self._is_aborted():
+            return False
+        last.aborted = True
+        return True
 
     def _is_over(self) -> bool:
         """Whether the driver knows that the transaction has ended: what comes now would be durable."""
@@ -642,8 +646,7 @@ class SharedConnection:
         return bool(self.driver.info.transaction_status == _IN_ERROR)
 
     def _new(self, tenant: Tenant, asked: str = "") -> Savepoint:
-        self._number += 1
-        return Savepoint(tenant, f"isolated_{self._number}", asked)
+        return Savepoint(tenant, next(self._names), asked)
 
     def _set(self, tenant: Tenant) -> None:
         for savepoint in tenant.savepoints:
@@ -661,8 +664,6 @@ class SharedConnection:
             position -= 1
         if any(savepoint.tenant is not tenant for savepoint in self._stack[position:]):
             self._release(position)
-            if tenant is not None:
-                self._set(tenant)
 
     def _release(self, position: int) -> None:
         """Release the SAVEPOINT there, and with it all above; those of others float."""
@@ -681,38 +682,43 @@ class SharedConnection:
                 above.holds = True
 
     def _control(self, tenant: Tenant, control: _Control, run: Callable[[], None]) -> None:
+        if control.verb == "commit":
+            self._conclude(tenant, self._commit)
+            return
+        if control.verb == "rollback":
+            self._conclude(tenant, self._roll_back)
+            return
+        if control.verb == "begin" and self.is_mysql:
+            self._conclude(tenant, self._commit)  # implicitly
+        self._enter(tenant)
         if control.verb == "begin":
-            if self.is_mysql:
-                self._commit(tenant)  # implicitly
-            self._enter(tenant)
             tenant.explicit = True
-        elif control.verb == "commit":
-            self._settle()
-            self._commit(tenant)
-        elif control.verb == "rollback":
-            self._settle()
-            self._roll_back(tenant)
-        elif control.verb == "savepoint":
-            self._enter(tenant)
+            return
+        if control.verb != "rollback to":
             self._check_usable(tenant)
-            if self._is_aborted():
-                run()  # to be refused
-            else:
-                tenant.savepoints.append(self._new(tenant, control.name))
-                self._set(tenant)
+        elif tenant.lost:
+            return  # there is nothing left to be rolled back
+        known = next((known for known in reversed(tenant.savepoints) if known.asked == control.name), None)
+        if self._is_aborted() and control.verb != "rollback to":
+            run()  # to be refused
+        elif control.verb == "savepoint":
+            tenant.savepoints.append(self._new(tenant, control.name))
+            self._set(tenant)
+        elif known is None:
+            run()  # to be refused
+        elif control.verb == "release":
+            self._release_savepoint(tenant, known)
         else:
-            self._enter(tenant)
-            if control.verb == "release":
-                self._check_usable(tenant)
-            elif tenant.lost:
-                return  # there is nothing left to be rolled back
-            savepoint = next((known for known in reversed(tenant.savepoints) if known.asked == control.name), None)
-            if savepoint is None or (control.verb == "release" and self._is_aborted()):
-                run()
-            elif control.verb == "release":
-                self._release_savepoint(tenant, savepoint)
-            else:
-                self._roll_back_to(tenant, savepoint)
+            self._roll_back_to(tenant, known)
+
+    def _conclude(self, tenant: Tenant, end: Callable[[Tenant], None]) -> None:
+        """End the transaction of *tenant*: ``end()`` commits it, or rolls it back."""
+        self._settle()
+        end(tenant)
+        if tenant.raw and self._lost is None and not self.has_ended:
+            # The next statement of a cursor that it has kept can't be seen: be ready for it.
+            tenant.savepoints.append(self._new(tenant))
+            self._set(tenant)
 
     def _check_statement(self, statement: str) -> None:
         parts = [statement]
@@ -732,12 +738,11 @@ class SharedConnection:
 
     def _commit(self, tenant: Tenant) -> None:
         if not tenant.savepoints and not tenant.lost:
-            self._over(tenant)
             return
         self._check_alive()
         if tenant.lost:
             raise IsolationError(f"this transaction cannot be committed, it is gone: {tenant.lost}")
-        if tenant.aborted is not None:
+        if tenant.aborted:
             raise IsolationError(
                 "this transaction cannot be committed: a statement in it has failed, so PostgreSQL would answer COMMIT "
                 "by rolling it back"
@@ -768,30 +773,21 @@ class SharedConnection:
         """The transaction of *tenant* has ended."""
         tenant.savepoints, tenant.cursors = [], []
         tenant.explicit = tenant.read_only = tenant.locks = tenant.passed = False
+        tenant.aborted = False
         tenant.unit = None
-        tenant.aborted = None
         tenant.lost = ""
 
     def _roll_back(self, tenant: Tenant) -> None:
-        if tenant.savepoints and not self._lost and not self.has_ended:
-            last = self._last
-            if last is not None and last is not tenant and last.savepoints and self._is_aborted():
-                last.aborted = last.savepoints[-1]  # whatever it has done can only be rolled back
+        if tenant.savepoints and self._lost is None and not self.has_ended:
+            self._note_aborted(tenant)
             self._undo(tenant, tenant.savepoints[0], keep=False)
         self._over(tenant)
-        while self._stack and self._stack[-1].tenant is None and not self._lost:
+        while self._stack and self._stack[-1].tenant is None and self._lost is None:
             self._release(len(self._stack) - 1)
-
-    def _begin_anew(self, tenant: Tenant) -> None:
-        """The next statement of a cursor that *tenant* has kept can't be seen: be ready for it."""
-        if tenant.raw and not self._lost and not self.has_ended:
-            tenant.savepoints.append(self._new(tenant))
-            self._set(tenant)
 
     def _roll_back_to(self, tenant: Tenant, savepoint: Savepoint) -> None:
         self._undo(tenant, savepoint, keep=True)
-        if tenant.aborted is not None and tenant.aborted not in tenant.savepoints[:-1]:
-            tenant.aborted = None
+        tenant.aborted = False
 
     def _undo(self, tenant: Tenant, first: Savepoint, *, keep: bool) -> None:
         """Roll back to the SAVEPOINT *first*.
@@ -807,7 +803,7 @@ class SharedConnection:
         others = {
             known.tenant
             for known in above
-            if known.changed and known.tenant not in (None, tenant) and known.tenant.aborted is None
+            if known.changed and known.tenant not in (None, tenant) and not known.tenant.aborted
         }
         committed = any(known.holds or (known.tenant is None and known.changed) for known in above)
         if (others or committed) and not self.is_clearing_up:
@@ -824,21 +820,19 @@ class SharedConnection:
         for known in above:
             known.is_set = False
         first.changed = first.holds = False
-        try:
+        with suppress(IsolationError):  # which is told: the connection was lost, and with it what had to be rolled back
             self._send(f"ROLLBACK TO SAVEPOINT {first.name}")
             if keep:
                 first.is_set = True
                 self._stack.append(first)
             else:
                 self._send(f"RELEASE SAVEPOINT {first.name}")
-        except IsolationError:
-            log.debug("isolated(): the connection was lost, and with it what had to be rolled back")
 
     def _release_savepoint(self, tenant: Tenant, savepoint: Savepoint) -> None:
         index = tenant.savepoints.index(savepoint)
         released = tenant.savepoints[index:]
         position = self._stack.index(savepoint)
-        if any(above.guards and above.tenant is not tenant for above in self._stack[position:]):
+        if any(above.tenant is not tenant for above in self._stack[position:]):
             for known in released:
                 known.asked = ""  # it stays where it is, for nobody to find
             return
@@ -911,13 +905,12 @@ class SharedConnection:
             raise self._lose(error) from error
 
     def _lose(self, error: BaseException | None) -> IsolationError:
-        self._lost = True
-        told = self.tell(
+        self._lost = self.tell(
             "the transaction of isolated() is gone: the connection was lost, or something has committed or rolled back "
             "past SQLAlchemy, so what was done until then may have been kept"
         )
-        told.__cause__ = error
-        return told
+        self._lost.__cause__ = error
+        return self._lost
 
 
 #: Frames that are not the user's.  (SQLAlchemy makes some functions of strings.)
@@ -930,7 +923,7 @@ _INSIDE = (
 
 def _place() -> str:
     """Where in the code of the user that happens."""
-    frame: Any = sys._getframe(1)
+    frame: Any = sys._getframe()
     while frame.f_back is not None and (
         frame.f_code.co_filename.startswith(_INSIDE)
         or Path(frame.f_code.co_filename).name in ("contextlib.py", "threading.py")

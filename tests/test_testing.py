@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
@@ -23,12 +25,13 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from sa_wsgi_session import (
     NoActiveScope,
     RetryPolicy,
     SessionMiddleware,
+    _shared_connection,
     contextual_session,
     current_scope,
     session_scope,
@@ -86,6 +89,24 @@ def another(world: World) -> Iterator[Session]:
 def add(session: Any, *names: str) -> None:
     session.add_all([note(name) for name in names])
     session.flush()
+
+
+def raw_cursor(connection: Any) -> Any:
+    """One that statements can be sent with past SQLAlchemy."""
+    return connection.connection.cursor()
+
+
+@pytest.fixture
+def sent(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What ``isolated()`` has sent about SAVEPOINTs of its own since it was last asked."""
+    caplog.set_level(logging.DEBUG, "sa_wsgi_session")
+
+    def look() -> list[str]:
+        found = [message.partition("isolated(): ")[2] for message in caplog.messages]
+        caplog.clear()
+        return [statement for statement in found if "SAVEPOINT" in statement]
+
+    return look
 
 
 def refuse(session: Any, statement: str = "SELECT 1/0 FROM note WHERE nothing = 1") -> None:
@@ -532,6 +553,147 @@ def test_what_a_savepoint_amid_another_transaction_was_released_into_is_told(any
         second.rollback()
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_what_was_left_behind_is_released_alone(anywhere, end):
+    with told("keep it", anywhere.Session):
+        with another(anywhere) as first, another(anywhere) as second, another(anywhere) as third:
+            add(first, "1")
+            add(second, "2")
+            add(third, "3")
+            second.commit()
+            getattr(third, end)()
+            first.rollback()
+        assert texts(anywhere.Session) == []
+
+
+def test_a_transaction_that_is_gone_can_only_be_rolled_back(anywhere, sent):
+    with told("let it go on", anywhere.Session, timeout=0.01):
+        with another(anywhere) as first, another(anywhere) as second:
+            add(first, "1")
+            nested = second.begin_nested()
+            add(second, "2")
+            connection = second.connection()
+            first.rollback()
+            sent()
+            for statement in "SELECT 1", "SAVEPOINT s", "RELEASE SAVEPOINT s":
+                with pytest.raises(IsolationError, match="this transaction is gone"):
+                    connection.execute(sa.text(statement))
+            connection.execute(sa.text("ROLLBACK TO SAVEPOINT s"))
+            assert sent() == []
+            worker = Worker(lambda: texts(anywhere.engine))
+            worker.join()
+            assert worker.error is None  # it holds nobody up
+            nested.rollback()
+            second.rollback()
+            add(second, "3")
+            second.commit()
+        assert texts(anywhere.Session) == ["3"]
+
+
+def test_a_rollback_on_a_connection_that_goes_on(anywhere):
+    with isolated(anywhere.engine), anywhere.engine.connect() as connection:
+        for end, text in ("rollback", "undone"), ("commit", "kept"):
+            transaction = connection.begin()
+            connection.execute(sa.insert(Note), {"text": text})
+            getattr(transaction, end)()
+        assert texts(anywhere.engine) == ["kept"]
+
+
+def test_what_is_sent(anywhere, sent):
+    with isolated(anywhere.Session):
+        assert texts(anywhere.Session) == texts(anywhere.Session) == []
+        assert sent() == ["SAVEPOINT isolated_0", "SAVEPOINT isolated_1"]
+        anywhere.Session.commit()
+        assert sent() == ["RELEASE SAVEPOINT isolated_1"]
+        with another(anywhere) as reader:
+            nested = anywhere.Session.begin_nested()
+            assert texts(anywhere.Session) == []
+            assert sent() == ["SAVEPOINT isolated_2", "SAVEPOINT isolated_3"]
+            # What would be in the way floats.
+            assert texts(reader) == texts(reader) == []
+            assert sent() == ["RELEASE SAVEPOINT isolated_2", "SAVEPOINT isolated_4"]
+            nested.commit()
+            assert sent() == [
+                "RELEASE SAVEPOINT isolated_4",
+                "SAVEPOINT isolated_2",
+                "SAVEPOINT isolated_3",
+                "RELEASE SAVEPOINT isolated_3",
+            ]
+            assert texts(reader) == []
+            nested = anywhere.Session.begin_nested()
+            add(anywhere.Session, "undone")
+            assert sent() == [
+                "RELEASE SAVEPOINT isolated_2",
+                "SAVEPOINT isolated_4",
+                "RELEASE SAVEPOINT isolated_4",
+                "SAVEPOINT isolated_2",
+                "SAVEPOINT isolated_5",
+            ]
+            nested.rollback()
+            assert texts(anywhere.Session) == []
+            assert sent() == ["ROLLBACK TO SAVEPOINT isolated_5"]
+            anywhere.Session.rollback()
+            assert sent() == ["ROLLBACK TO SAVEPOINT isolated_2", "RELEASE SAVEPOINT isolated_2"]
+            reader.rollback()
+            assert sent() == []
+        with isolated(anywhere.Session):
+            pass
+        assert sent() == [
+            "SAVEPOINT isolated_6",
+            "ROLLBACK TO SAVEPOINT isolated_6",
+            "RELEASE SAVEPOINT isolated_6",
+        ]
+    assert sent() == ["ROLLBACK TO SAVEPOINT isolated_0"]
+
+
+# -- cursors that are used past SQLAlchemy ----------------------------------------------------------------------------
+
+
+def test_what_a_raw_cursor_changes_is_its_transaction_s(anywhere):
+    insert = "INSERT INTO note (text) VALUES ('{}')".format
+    with isolated(anywhere.Session):
+        with anywhere.engine.connect() as connection, another(anywhere) as reader:
+            transaction = connection.begin()
+            assert texts(connection) == texts(reader) == []
+            cursor = raw_cursor(connection)
+            cursor.execute(insert("kept"))
+            reader.rollback()  # is in nobody's way
+            nested = connection.begin_nested()
+            cursor.execute(insert("undone"))
+            nested.rollback()
+            transaction.commit()
+            # The same cursor, in the next transaction, of which SQLAlchemy knows nothing.
+            cursor.execute(insert("undone, too"))
+            connection.connection.rollback()
+            connection.execute(sa.text("BEGIN"))
+            connection.execute(sa.text("COMMIT"))
+            cursor.execute(insert("and this"))
+            connection.connection.rollback()
+        assert texts(anywhere.Session) == ["kept"]
+
+
+def test_changes_of_a_raw_cursor_are_taken_into_account(anywhere):
+    with told("keep it", anywhere.Session):
+        with anywhere.engine.connect() as connection:
+            transaction = connection.begin()
+            raw_cursor(connection).execute("INSERT INTO note (text) VALUES ('undone')")
+            with pytest.raises(IsolationError, match="open that has changed something"), isolated(anywhere.engine):
+                pass
+            with session_scope(anywhere.Session) as session:
+                add(session, "an audit")
+            transaction.rollback()
+        assert texts(anywhere.Session) == []
+
+
+def test_an_error_of_a_raw_cursor(on_postgresql):
+    with isolated(on_postgresql.Session), on_postgresql.engine.connect() as connection:
+        with pytest.raises(on_postgresql.engine.dialect.dbapi.Error):
+            raw_cursor(connection).execute("SELECT 1/0")
+        assert texts(on_postgresql.Session) == []
+        with pytest.raises(IsolationError, match="current transaction is aborted"):
+            texts(connection)
+
+
 class Program:
     """A random course of a few sessions, and what has to be there when they are done: what was committed."""
 
@@ -672,6 +834,7 @@ def test_an_aborted_transaction_is_refused_as_ever(on_postgresql):
                 with pytest.raises(DBAPIError, match=r"current transaction is aborted|does not exist"):
                     connection.execute(sa.text(statement))
             transaction.commit()  # is a rollback
+            assert texts(connection) == []
         assert texts(world.Session) == []
 
 
@@ -869,12 +1032,14 @@ def test_an_engine_in_autocommit(database_url):
         engine.dispose()
 
 
-def test_a_read_only_transaction_cannot_change_anything(on_postgresql):
+def test_a_read_only_transaction_cannot_change_anything(on_postgresql, caplog):
     world = on_postgresql
+    caplog.set_level(logging.DEBUG, "sa_wsgi_session")
     with isolated(world.Session):
         engine = world.engine.execution_options(postgresql_readonly=True, postgresql_deferrable=True)
         with engine.connect() as connection:
-            connection.execute(sa.select(Note)).all()
+            assert texts(connection) == texts(connection) == []
+            assert caplog.messages.count("isolated(): SET TRANSACTION READ ONLY") == 1
             with session_scope(world.Session) as session:
                 add(session, "another one's")
             with pytest.raises(DBAPIError, match="read-only"):
@@ -902,6 +1067,19 @@ def test_two_phase_commits(on_postgresql, on_mariadb):
             expected = ["commit"] if end == "commit" else []
             assert texts(first.engine) == texts(second.engine) == expected
         assert first.durable() == second.durable() == []
+
+
+def test_the_first_phase_finds_what_would_be_refused(on_postgresql):
+    engine = on_postgresql.engine
+    session: Any = Session(engine, twophase=True)
+    with isolated(engine), closing(session):
+        session.execute(sa.text("CREATE TABLE parent (id int PRIMARY KEY)"))
+        session.execute(sa.text("CREATE TABLE child (parent int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)"))
+        session.commit()
+        raw_cursor(session.connection()).execute("INSERT INTO child VALUES (1)")
+        with pytest.raises(IntegrityError):
+            session.prepare()
+        session.rollback()
 
 
 def test_two_phase_commits_outside_are_as_ever(on_postgresql):
@@ -943,10 +1121,14 @@ def test_deferred_constraints_are_checked_by_each_commit(on_postgresql):
         with engine.connect() as connection, pytest.raises(IntegrityError):
             connection.execute(sa.text("INSERT INTO eager VALUES (2)"))
         autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
-        with autocommit.connect() as connection, pytest.raises(IntegrityError):
-            connection.execute(sa.text("INSERT INTO child VALUES (2)"))
+        with autocommit.connect() as connection:
+            for _ in range(2):
+                with pytest.raises(IntegrityError):
+                    connection.execute(sa.text("INSERT INTO child VALUES (2)"))
+                # What was refused is gone, and nobody's blame.
+                connection.execute(sa.text("INSERT INTO child VALUES (1)"))
         with engine.connect() as connection:
-            assert connection.execute(sa.text("SELECT * FROM child")).all() == [(1,)]
+            assert connection.execute(sa.text("SELECT * FROM child")).all() == [(1,)] * 3
         with engine.begin() as connection:
             connection.execute(sa.text("DROP TABLE eager"))
         with engine.begin() as connection:
@@ -1068,6 +1250,10 @@ def test_cursors_of_sqlite(sqlite_url):
         assert cursor.fetchall() == []
         with pytest.raises(IsolationError, match="commits first"):
             cursor.executescript("SELECT 1")
+        add(world.Session, *"fgh")
+        assert cursor.execute("SELECT text FROM note ORDER BY text").fetchone() == ("f",)
+        assert cursor.execute("SELECT text FROM note WHERE text = 'h'").fetchall() == [("h",)]
+        assert cursor.fetchall() == []
         own = world.Session.connection().connection.cursor(sqlite3.Cursor)
         assert type(own) is sqlite3.Cursor
 
@@ -1098,6 +1284,19 @@ def test_a_connection_of_sqlite_in_a_transaction_is_refused():
     engine.dispose()
 
 
+def test_a_connection_that_cannot_be_used_is_given_back(sqlite_url):
+    engine = sa.create_engine(sqlite_url, poolclass=QueuePool, pool_reset_on_return=None)
+    raw = engine.raw_connection()
+    raw.cursor().execute("CREATE TABLE other (id int)")
+    raw.cursor().execute("INSERT INTO other VALUES (1)")
+    raw.close()
+    with pytest.raises(IsolationError, match="in a transaction already") as raised, isolated(engine):
+        pass
+    assert raised.traceback  # which refers to everything
+    assert engine.pool.status().endswith("Current Checked out connections: 0")
+    engine.dispose()
+
+
 # -- MariaDB and MySQL ------------------------------------------------------------------------------------------------
 
 
@@ -1108,7 +1307,8 @@ def test_a_connection_of_sqlite_in_a_transaction_is_refused():
 def test_what_commits_implicitly_is_refused(on_mariadb, statement):
     with told(r"commits implicitly on MariaDB and MySQL.*before the block", on_mariadb.Session):
         add(on_mariadb.Session, "1")
-        with pytest.raises(IsolationError, match="commits implicitly"):
+        words = " ".join(statement.upper().split()[:2])
+        with pytest.raises(IsolationError, match=f"^{words} commits implicitly"):
             on_mariadb.Session.execute(sa.text(statement))
         assert texts(on_mariadb.Session) == ["1"]
     assert on_mariadb.durable() == []
@@ -1153,7 +1353,8 @@ def test_a_table_without_transactions_is_told(on_mariadb):
 
 @pytest.mark.parametrize("anywhere", ["postgresql", "mariadb"], indirect=True)
 @pytest.mark.parametrize(
-    "statement", ["COMMIT AND CHAIN", "INSERT INTO note (text) VALUES (';'); COMMIT", "XA START 'x'"]
+    "statement",
+    ["COMMIT AND CHAIN", "INSERT INTO note (text) VALUES (';'); COMMIT", "XA START 'x'", "COMMIT" + " " * 1_000],
 )
 def test_what_would_end_the_one_transaction_is_refused(anywhere, statement):
     with told("would end the transaction of isolated", anywhere.Session):
@@ -1210,6 +1411,9 @@ def test_a_transaction_that_was_ended_past_sqlalchemy_is_told(anywhere):
         add(anywhere.Session, "kept")
         anywhere.Session.commit()
         anywhere.Session.connection().connection.dbapi_connection.commit()
+        if anywhere.engine.dialect.name != "mysql":  # whose drivers do not know
+            with pytest.raises(IsolationError, match="past SQLAlchemy"):
+                texts(anywhere.Session)
     assert anywhere.durable() == ["kept"]
     with told("past SQLAlchemy", anywhere.Session):
         anywhere.Session.execute(sa.delete(Note))
@@ -1217,6 +1421,36 @@ def test_a_transaction_that_was_ended_past_sqlalchemy_is_told(anywhere):
         with pytest.raises(IsolationError):
             anywhere.Session.commit()
     assert anywhere.durable() == ["kept"]
+
+
+def test_a_connection_whose_transaction_was_ended_is_not_used_again(sqlite_url):
+    engine = sa.create_engine(sqlite_url, poolclass=QueuePool)
+    Base.metadata.create_all(engine)
+    with told("past SQLAlchemy", engine):
+        raw = engine.raw_connection()
+        used: Any = raw.dbapi_connection
+        used.rollback()
+        raw.close()
+    raw = engine.raw_connection()
+    assert raw.dbapi_connection is not used
+    raw.close()
+    engine.dispose()
+
+
+def test_what_comes_after_a_loss_names_it(anywhere):
+    with told("let it go on", anywhere.Session):
+        with another(anywhere) as first, another(anywhere) as second:
+            add(first, "1")
+            add(second, "2")
+            first.rollback()
+        add(anywhere.Session, "3")
+        connection = anywhere.Session.connection().connection
+        connection.dbapi_connection.rollback()
+        with pytest.raises(IsolationError, match="past SQLAlchemy"):
+            connection.commit()
+        with pytest.raises(IsolationError, match="of no use any more") as raised:
+            anywhere.engine.connect()
+        assert "past SQLAlchemy" in str(raised.value.__cause__)
 
 
 def test_a_connection_that_is_given_up_loses_its_own_transaction_only(anywhere):
@@ -1281,6 +1515,19 @@ def test_a_session_that_is_closed_in_the_midst_of_a_statement(sqlite_url):
 
             connection.connection.dbapi_connection.create_function("close", 1, close)
             assert connection.execute(sa.text("SELECT close(1)")).scalar() == 1
+        assert texts(world.Session) == []
+
+
+def test_a_rollback_in_the_midst_of_a_statement(sqlite_url):
+    with closing(World(sqlite_url)) as world, isolated(world.Session):
+        with world.engine.connect() as other:
+            transaction = other.begin()
+            other.execute(sa.insert(Note), {"text": "undone"})
+            connection = world.Session.connection()
+            driver = connection.connection.dbapi_connection
+            driver.create_function("undo", 0, lambda: other.connection.rollback())
+            connection.execute(sa.text("SELECT undo()"))
+            transaction.commit()
         assert texts(world.Session) == []
 
 
@@ -1386,6 +1633,118 @@ def test_a_thread_that_only_reads_holds_nobody_up(anywhere):
         assert texts(anywhere.Session) == ["1"]
 
 
+def test_a_thread_waits_for_a_unit_of_work_that_has_only_read(anywhere, monkeypatch):
+    monkeypatch.setattr(_shared_connection, "_PATIENCE", 60)
+    began, order = threading.Event(), []
+
+    def job() -> None:
+        with session_scope(anywhere.Session) as session:
+            texts(session)
+            began.set()
+            time.sleep(0.1)
+            order.append("the job")
+
+    with isolated(anywhere.Session, timeout=60):
+        worker = Worker(job)
+        began.wait()
+        texts(anywhere.Session)
+        order.append("the test")
+        worker.join()
+    assert (worker.error, order) == (None, ["the job", "the test"])
+
+
+def test_a_thread_waits_once_for_a_unit_of_work_that_has_only_read(anywhere, monkeypatch):
+    monkeypatch.setattr(_shared_connection, "_PATIENCE", 0.5)
+    began, go_on = threading.Event(), threading.Event()
+
+    def job() -> None:
+        with session_scope(anywhere.Session) as session:
+            texts(session)
+            began.set()
+            go_on.wait()
+
+    with isolated(anywhere.Session, timeout=60):
+        worker = Worker(job)
+        began.wait()
+        times = [time.monotonic()]
+        for _ in range(10):
+            texts(anywhere.Session)
+            times.append(time.monotonic())
+        go_on.set()
+        worker.join()
+    first, rest = times[1] - times[0], times[-1] - times[1]
+    assert first >= 0.5
+    assert rest < 5 * first  # waiting for it each time would be nine
+
+
+def test_a_body_between_two_chunks_holds_nobody_up(anywhere, monkeypatch):
+    monkeypatch.setattr(_shared_connection, "_PATIENCE", 60)
+
+    def view():
+        yield str(len(texts(anywhere.Session))).encode()
+        yield b" notes"
+
+    def begin() -> None:
+        exchange = Exchange(serve(anywhere, view, commit_at="end"))
+        begun.append((exchange, exchange.next()))
+
+    begun: list[tuple[Exchange, bytes]] = []
+    with isolated(anywhere.Session, timeout=60):
+        worker = Worker(begin)
+        worker.join()
+        assert worker.error is None
+        add(anywhere.Session, "1")
+        anywhere.Session.commit()
+        exchange, first = begun.pop()
+        assert first + exchange.read() == b"0 notes"
+
+
+def test_a_connection_is_its_user_s_not_its_maker_s(anywhere):
+    connections: list[Any] = []
+    with isolated(anywhere.Session, timeout=0.01):
+        worker = Worker(lambda: connections.append(anywhere.engine.connect()))
+        worker.join()
+        with connections.pop() as connection, connection.begin():
+            connection.execute(sa.insert(Note), {"text": "1"})
+            assert texts(anywhere.Session) == ["1"]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_connection_that_another_thread_has_dropped_holds_nobody_up(anywhere, looks):
+    def job() -> None:
+        connection = anywhere.engine.connect()
+        transaction = connection.begin()
+        connection.execute(sa.insert(Note), {"text": "undone"})
+        del connection, transaction
+        gc.collect()
+
+    with isolated(anywhere.Session, timeout=0.01):
+        worker = Worker(job)
+        worker.join()
+        assert worker.error is None
+        if looks:
+            assert texts(anywhere.Session) == []
+
+
+def test_an_inner_block_waits_for_other_threads(anywhere):
+    changed, go_on = threading.Event(), threading.Event()
+
+    def job() -> None:
+        with session_scope(anywhere.Session) as session:
+            add(session, "1")
+            changed.set()
+            go_on.wait()
+
+    with isolated(anywhere.Session, timeout=60):
+        worker = Worker(job)
+        changed.wait()
+        threading.Timer(0.05, go_on.set).start()
+        with isolated(anywhere.engine):
+            assert texts(anywhere.engine) == ["1"]
+        worker.join()
+    assert worker.error is None
+
+
 def test_the_end_waits_for_other_threads(anywhere):
     changed, go_on = threading.Event(), threading.Event()
 
@@ -1479,8 +1838,32 @@ def test_an_inner_block_after_an_error_in_the_outer_one(on_postgresql):
             add(on_postgresql.Session, "1")
             on_postgresql.Session.commit()
         assert texts(on_postgresql.Session) == []
+        with pytest.raises(IsolationError, match="current transaction is aborted"):
+            texts(failed)
         failed.rollback()
         assert texts(failed) == []
+
+
+def test_a_transaction_that_has_failed_in_an_inner_block_has_failed_after_it(on_postgresql):
+    with isolated(on_postgresql.Session), on_postgresql.engine.connect() as failed:
+        transaction = failed.begin()
+        with isolated(on_postgresql.engine):
+            refuse(failed)
+        with pytest.raises(IsolationError, match="current transaction is aborted"):
+            texts(failed)
+        transaction.rollback()
+        assert texts(on_postgresql.Session) == []
+
+
+def test_an_inner_block_begins_although_a_connection_was_dropped(anywhere):
+    with isolated(anywhere.Session):
+        connection = anywhere.engine.connect()
+        transaction = connection.begin()
+        connection.execute(sa.insert(Note), {"text": "undone"})
+        del connection, transaction
+        gc.collect()
+        with isolated(anywhere.engine):
+            assert texts(anywhere.engine) == []
 
 
 def test_an_inner_block_that_loses_the_connection_tells_so(anywhere):
@@ -1516,6 +1899,38 @@ def test_connections_of_an_inner_block_that_are_left_open(anywhere):
         writing.rollback()
         writer.close()
         reader.close()
+
+
+def test_a_reader_goes_on_after_an_inner_block(anywhere):
+    with isolated(anywhere.Session), another(anywhere) as reader:
+        assert texts(reader) == []
+        with isolated(anywhere.engine):
+            assert texts(reader) == []
+        add(reader, "undone")
+        reader.rollback()
+        assert texts(reader) == []
+        add(reader, "kept")
+        reader.commit()
+        assert texts(anywhere.Session) == ["kept"]
+
+
+@pytest.mark.parametrize("how", ["through SQLAlchemy", "past it"])
+def test_what_an_inner_block_has_left_open_holds_nobody_up(anywhere, how):
+    with isolated(anywhere.Session, timeout=0.01):
+        with isolated(anywhere.Session):
+            writer = anywhere.engine.connect()
+            writing = writer.begin()
+            if how == "past it":
+                cursor = raw_cursor(writer)
+                cursor.execute("INSERT INTO note (text) VALUES ('1')")
+            else:
+                writer.execute(sa.insert(Note), {"text": "1"})
+        with isolated(anywhere.Session):
+            worker = Worker(lambda: texts(anywhere.engine))
+            worker.join()
+            assert worker.error is None
+        writing.rollback()
+        writer.close()
 
 
 # -- the beginning ----------------------------------------------------------------------------------------------------

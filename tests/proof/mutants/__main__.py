@@ -14,10 +14,10 @@ and which lines it runs.  Then, for each mutant, the tests that run the changed 
 those that have noticed a neighbour, then in turn one that runs little else and one that is fast.  A test that takes
 more than ``SECONDS_OF_A_TEST`` has noticed, too.
 
-What survives is tried with SQLAlchemy 1.4 as well, if ``$MUTANTS_SQLALCHEMY_14`` names a folder that has it; and what
-is not explained then, once more with ten times as many seconds.
+What survives, and is not explained in ``survivors.rst``, is tried with SQLAlchemy 1.4 as well, if
+``$MUTANTS_SQLALCHEMY_14`` names a folder that has it; and then once more with ten times as many seconds.
 
-What survives has to be explained in ``survivors.rst``.  Exit status 1: fewer than ``ENOUGH`` of all were noticed, or a
+What survives has to be explained.  Exit status 1: fewer than ``ENOUGH`` of all were noticed, or a
 survivor is not explained.  Where ``$PROOF_REPORT`` names a folder, the figures are written to ``mutants.json`` there,
 and what became of each mutant to ``each_mutant.json``.
 """
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 ENOUGH = 0.95
 #: The slowest takes three.
 SECONDS_OF_A_TEST = 20
+TIMEOUT = ("-o", f"faulthandler_timeout={SECONDS_OF_A_TEST}")
 #: How long the tests of one mutant may take.
 SECONDS_OF_A_MUTANT = float(os.environ.get("MUTANTS_SECONDS", "30"))
 #: So many are tried first: most mutants do not see another one.
@@ -110,8 +111,7 @@ class Tests:
         # Of the capturing of pytest, only what the processes of the mutants inherit without harm.
         options = "-q", "-p", "no:cacheprovider", "--capture=sys", f"--basetemp={self._copy.with_name('tmp')}", *options
         ignored = (f"--ignore=tests/{name}" for name in IGNORED)
-        timeout = f"faulthandler_timeout={SECONDS_OF_A_TEST}"
-        return int(pytest.main(["tests", *ignored, "-o", timeout, *options], plugins=[self]))
+        return int(pytest.main(["tests", *ignored, *options], plugins=[self]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # Without its fixtures: whoever is the first to use a server starts it.
@@ -143,7 +143,7 @@ class Tests:
         self._mutants, self._tell = mutants, tell
         found = (tests for lines in self._running.values() for tests in lines.values())
         self._lines = Counter(chain.from_iterable(found))
-        self._pytest()
+        self._pytest(*TIMEOUT)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         if self._mutants is None:
@@ -207,7 +207,7 @@ class Tests:
 
     def _run_anew(self, tests: list[str], limit: float) -> tuple[str, str]:
         plugins = "-p", "no:cacheprovider", "-p", databases.__name__
-        options = ["-x", "-q", *plugins, "-o", f"faulthandler_timeout={SECONDS_OF_A_TEST}"]
+        options = ["-x", "-q", *plugins, *TIMEOUT]
         for some in filter(None, (tests[:FIRST], tests[FIRST:])):
             try:
                 run = subprocess.run(
@@ -417,7 +417,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             for packages, times in passes:
                 left = [it for it in mutants if results.get(key_of(it), ("survived",))[0] == "survived"]
-                if times > 1:
+                if (packages, times) != passes[0]:
                     left = [it for it in left if key_of(it) not in reasons]
                 if left:
                     run(left, results, folder, packages, times * SECONDS_OF_A_MUTANT)
