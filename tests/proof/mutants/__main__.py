@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -380,9 +381,11 @@ def run(mutants: Sequence[Mutant], results: Results, folder: Path, packages: str
             command = [sys.executable, "-m", "tests.proof.mutants", "--share", str(folder), str(number)]
             running.append(stack.enter_context(subprocess.Popen(command, cwd=copy, env=environ)))
         try:
-            for number, process in enumerate(running):
-                if process.wait() != 0:
-                    raise SystemExit(f"process {number} has failed")
+            while any(process.poll() is None for process in running):
+                time.sleep(1)
+                for number, process in enumerate(running):
+                    if process.poll():
+                        raise SystemExit(f"process {number} has failed")
         finally:
             for each in running:
                 each.terminate()
@@ -406,7 +409,9 @@ def main(arguments: Sequence[str]) -> int:
             (original / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(CHECKOUT / file, original / file)
         paths = [original / PACKAGE / f"{module}.py" for module in modules] or sorted((original / PACKAGE).glob("*.py"))
-        mutants = [mutant._replace(path=mutant.path.relative_to(original)) for it in paths for mutant in mutants_of(it)]
+        with multiprocessing.Pool() as pool:
+            made = chain.from_iterable(pool.map(mutants_of, paths, chunksize=1))
+        mutants = [mutant._replace(path=mutant.path.relative_to(original)) for mutant in made]
         print(f"{len(mutants)} mutants", flush=True)
         earlier = earlier_results() if again else {}
         keys = {key_of(mutant) for mutant in mutants}

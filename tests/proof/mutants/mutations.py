@@ -75,8 +75,12 @@ class Mutant(NamedTuple):
     code: str
 
 
-def mutants_of(path: Path) -> Iterator[Mutant]:
+def mutants_of(path: Path) -> list[Mutant]:
     """All changes of a module that make it another program; those that make it none at all are left out."""
+    return list(_mutants_of(path))
+
+
+def _mutants_of(path: Path) -> Iterator[Mutant]:
     code = path.read_text()
     tree, nodes = ast.parse(code), list(ast_nodes(get_ast(code)))
     seen = {_program(tree)}
