@@ -167,7 +167,7 @@ class SharedPool(Pool):
         return self
 
     def _invalidate(self, connection: Any, exception: BaseException | None = None, _checkin: bool = True) -> None:
-        connection.invalidate(exception)
+        """SQLAlchemy invalidates *connection* besides; the other ones are as good as before."""
 
     def checkedout(self) -> int:
         return len(self.shared.tenants)

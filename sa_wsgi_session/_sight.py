@@ -105,6 +105,7 @@ class Sight:
 
     #: Whether the current transaction has become durable; ``None``: nobody knows.
     _durable: bool | None
+    _outcome: str
 
     def __init__(self, watcher: Watcher, *, adds_timing: bool = False) -> None:
         self._watcher = watcher
@@ -112,7 +113,6 @@ class Sight:
         self._adds_timing = adds_timing
         self._scope: ObservedScope | None = None
         self._status: int | None = None
-        self._outcome = "nothing"
         #: The type of what has ended the attempt.
         self._error: str | None = None
         self._commits = self._rollbacks = self._statements = 0

@@ -62,8 +62,6 @@ class Seen(NamedTuple):
     pinned: bool = False
     #: Whether the response need not say the home again.
     fresh: bool = False
-    #: Whether it said anything in cookies.
-    cookies: bool = False
 
 
 NOTHING_SEEN = Seen()
@@ -126,7 +124,6 @@ class Tokens:
     def seen(self, cookies: str | None, header: str | None) -> Seen:
         """What a request says, in its cookies and in its header.  What is not ours, or too old, says nothing."""
         texts = self._find(cookies)[:_MOST] if cookies is not None and self._name in cookies else []
-        found = len(texts)
         if header is not None and len(header) <= _LONGEST:
             texts.append(header)
         if not texts:
@@ -150,7 +147,7 @@ class Tokens:
                 fresh = age <= self.lifetime / 2
             if age < token.pinned:
                 pinned = True
-        return Seen(position, homes, pinned, fresh, found > 0)
+        return Seen(position, homes, pinned, fresh)
 
     def fresh_home(self, cookies: str) -> str | None:
         """The home that cookies say which say nothing else of ours, if it need not be said again."""

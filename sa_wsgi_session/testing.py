@@ -302,7 +302,7 @@ class Statements(Sequence[str]):
     Its ``len()`` is their number.
     """
 
-    def __init__(self, *, parameters: bool = False) -> None:
+    def __init__(self, *, parameters: bool) -> None:
         self._statements: list[str] = []
         self._parameters: list[str] | None = [] if parameters else None
 
