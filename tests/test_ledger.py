@@ -607,7 +607,7 @@ class TestJob:
                 in [(line["method"], line["status"], line["outcome"]) for line in visitor.panel["requests"]]
             )
         )
-        assert "The interest was not paid" in caplog.text
+        wait_until(lambda: "The interest was not paid" in caplog.text)  # the observer is told first
         wait_until(lambda: books.state != before)
 
 

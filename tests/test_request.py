@@ -1928,6 +1928,7 @@ WRITES = [
     "DELETE FROM note; SELECT text FROM note",
     "SELECT text FROM note; DELETE FROM note",
     "DO $$ BEGIN DELETE FROM note; END $$",
+    "SELECT $$'$$; DELETE FROM note; SELECT ''",
 ]
 
 
@@ -2623,6 +2624,27 @@ def test_a_session_with_two_databases_waits_for_the_results_of_both_and_for_the_
         with other.connect() as connection:
             assert connection.execute(sa.select(sa.func.count(Page.id))).scalar() == (3 if changed is Page else 2)
         assert world.durable() == (["a", "b", "new"] if changed is Note else ["a", "b"])
+        other.dispose()
+
+
+def test_a_session_with_two_databases_still_knows_the_result_of_the_first_one(
+    request: pytest.FixtureRequest, worlds: Worlds, tmp_path: Any
+) -> None:
+    with worlds.use(request.getfixturevalue, "sqlite", "thread-local") as world:
+        other = sa.create_engine(f"sqlite:///{tmp_path / 'other.sqlite'}")
+        OtherBase.metadata.create_all(other)
+        with other.begin() as connection:
+            connection.execute(sa.insert(Page), [{"id": 1}, {"id": 2}])
+        session = scoped_session(sessionmaker(binds={Note: world.engine, Page: other}))
+
+        def view() -> Any:
+            pages = session.execute(sa.select(Page.__table__))
+            session.execute(sa.select(NOTES)).all()
+            return (str(page.id).encode() for page in pages)
+
+        exchange = Exchange(SessionMiddleware(respond(view), session))
+        assert world.checked_out == 1
+        assert exchange.read() == b"12"
         other.dispose()
 
 

@@ -1258,6 +1258,23 @@ def test_an_error_at_commit_that_nobody_knows_is_no_lost_race(
     assert any("unknown" in warning for warning in warnings_of(caplog))
 
 
+def test_after_a_commit_in_two_phases_nothing_is_replayed(postgresql_world: World) -> None:
+    Session: Any = scoped_session(sessionmaker(postgresql_world.engine, twophase=True))
+    attempts: list[int] = []
+
+    @with_session(Session, retry=RetryPolicy(delay=0, is_transient=lambda error: True))
+    def job(*, session: Any) -> None:
+        attempts.append(1)
+        session.add(Note(text="durable"))
+        session.commit()
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        job()
+    assert attempts == [1]
+    assert postgresql_world.durable() == ["durable"]
+
+
 @pytest.mark.parametrize("kind", ["list", "stream"])
 def test_a_commit_that_is_refused_is_replayed(sqlite_world: World, kind: str) -> None:
     """SQLite cannot commit while somebody reads."""
@@ -2533,6 +2550,36 @@ def test_without_a_policy_the_body_is_left_alone(sqlite_world: World) -> None:
 
     post(SessionMiddleware(app, sqlite_world.Session), b"body", given=given)
     assert inputs == [given]
+
+
+def test_engines_from_before_and_from_after_the_first_policy_of_a_process_tell_of_their_commits() -> None:
+    program = """
+import sqlalchemy as sa
+from sqlalchemy.orm import sessionmaker
+from sa_wsgi_session import RetryPolicy, with_session
+
+attempts = []
+policy = RetryPolicy(delay=0, is_transient=lambda error: True)
+
+def work(maker, **options):
+    @with_session(maker, **options)
+    def job(*, session):
+        attempts.append(1)
+        session.execute(sa.text("CREATE TABLE IF NOT EXISTS t (i int)"))
+        session.commit()
+        raise LookupError
+    try:
+        job()
+    except LookupError:
+        pass
+
+first, second = (sessionmaker(sa.create_engine("sqlite://")) for _ in range(2))
+work(first)
+work(first, retry=policy)
+work(second, retry=policy)
+print(len(attempts))
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"3\n"
 
 
 def test_without_a_policy_webob_is_not_imported() -> None:

@@ -30,7 +30,19 @@ from sa_wsgi_session import (
     with_session,
 )
 from sa_wsgi_session.observers import FinishedUnit
-from tests.support import PLAIN, Exchange, Note, World, in_each_registry, make_environ, note, request, respond, serve
+from tests.support import (
+    PLAIN,
+    Exchange,
+    Note,
+    World,
+    Worlds,
+    in_each_registry,
+    make_environ,
+    note,
+    request,
+    respond,
+    serve,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:<psycopg.ServerCursor:ResourceWarning")
 
@@ -54,6 +66,12 @@ class Seen(list[FinishedUnit]):
 @pytest.fixture
 def seen() -> Seen:
     return Seen()
+
+
+@pytest.fixture
+def postgresql_world(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[World]:
+    with worlds.use(request.getfixturevalue, "postgresql", "thread-local") as world:
+        yield world
 
 
 @pytest.fixture
@@ -731,6 +749,46 @@ def test_an_error_page_that_comes_by_exc_info(world: World) -> None:
     assert timing_of(exchange)[3] == 1
 
 
+@pytest.mark.parametrize("commits", [True, False])
+def test_another_commit_says_nothing_of_the_transaction_of_the_session(
+    postgresql_world: World, seen: Seen, commits: bool
+) -> None:
+    def view() -> list[bytes]:
+        postgresql_world.Session.execute(sa.select(Note)).all()
+        with postgresql_world.engine.begin() as connection:
+            connection.execute(sa.insert(Note), {"text": "by itself"})
+        return [b""]
+
+    request(serve(postgresql_world, view, "200 OK" if commits else "404 Not Found", observer=seen))
+    assert (seen.one.outcome, seen.one.commits) == (("committed", 1) if commits else ("rolled back", 0))
+    assert postgresql_world.durable() == ["by itself"]
+
+
+def test_a_transaction_that_goes_without_a_word(world: World, seen: Seen) -> None:
+    def view() -> list[bytes]:
+        world.Session.execute(sa.select(Note)).all()
+        # SQLAlchemy tells nobody of a transaction whose ROLLBACK fails.
+        world.Session.connection().connection.dbapi_connection.close()
+        with pytest.raises(sa.exc.ProgrammingError):
+            world.Session.remove()
+        return [b""]
+
+    request(serve(world, view, observer=seen))
+    assert (seen.one.outcome, seen.one.rollbacks) == ("rolled back", 1)
+    assert seen.one.connection_seconds > 0
+
+
+def test_the_legacy_write(world: World, seen: Seen) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        write = start_response("200 OK", PLAIN)
+        write(b"written, ")
+        return [b"returned"]
+
+    exchange = request(SessionMiddleware(app, world.Session, observer=seen))
+    assert exchange.written == [b"written, "]
+    assert exchange.content == b"returned"
+
+
 def test_for_whom_the_header_is(world: World) -> None:
     app = serve(world, lambda: [b""], server_timing=lambda environ: environ.get("REMOTE_USER") == "operator")
     assert [name for name, _ in request(app).headers] == ["Content-Type"]
@@ -868,6 +926,24 @@ def test_a_session_that_is_used_after_the_response(world: World, caplog: pytest.
     (message,) = messages(caplog)
     assert f"is used at {__file__}:" in message
     assert "session_scope()" in message
+
+
+@pytest.mark.usefixtures("told")
+@pytest.mark.parametrize("warns", [True, False])
+def test_only_a_thread_that_serves_whoever_wants_to_be_warned_is_told(
+    world: World, seen: Seen, caplog: pytest.LogCaptureFixture, warns: bool
+) -> None:
+    apps = [serve(world, lambda: [b""], warn_after=5), serve(world, lambda: [b""], observer=seen)]
+
+    def work() -> None:
+        request(apps[0 if warns else 1])
+        world.Session.execute(sa.text("SELECT 1"))
+        world.Session.remove()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(messages(caplog)) == warns
 
 
 @pytest.mark.usefixtures("told")

@@ -1082,6 +1082,16 @@ def test_the_first_phase_finds_what_would_be_refused(on_postgresql):
         session.rollback()
 
 
+def test_a_two_phase_transaction_that_is_rolled_back(on_postgresql):
+    with isolated(on_postgresql.engine), on_postgresql.engine.connect() as connection:
+        transaction = connection.begin_twophase()
+        connection.execute(sa.insert(Note), {"text": "undone"})
+        transaction.rollback()
+        with connection.begin():
+            connection.execute(sa.insert(Note), {"text": "kept"})
+        assert texts(connection) == ["kept"]
+
+
 def test_two_phase_commits_outside_are_as_ever(on_postgresql):
     with isolated(on_postgresql.engine):
         pass
@@ -1091,6 +1101,9 @@ def test_two_phase_commits_outside_are_as_ever(on_postgresql):
             session.prepare()
             getattr(session, end)()
     assert on_postgresql.durable() == ["commit"]
+    with on_postgresql.engine.connect() as connection:
+        left = "SELECT count(*) FROM pg_prepared_xacts WHERE database = current_database()"
+        assert connection.execute(sa.text(left)).scalar() == 0
 
 
 # -- what a COMMIT checks ---------------------------------------------------------------------------------------------
@@ -1991,6 +2004,25 @@ def test_connections_from_before_can_be_used_but_not_committed(anywhere):
         assert connection.get_isolation_level() != other_level
 
 
+def test_a_dialect_that_was_wrapped_before_is_so_after(anywhere):
+    dialect: Any = anywhere.engine.dialect
+    kept = {"do_execute": dialect.do_execute, "do_commit": dialect.do_commit}
+    for name, original in kept.items():
+        setattr(dialect, name, original)
+    before = dict(vars(dialect))
+    with isolated(anywhere.Session):
+        add(anywhere.Session, "1")
+        wrapped = dialect.do_execute = partial(dialect.do_execute)
+    assert dialect.do_execute is wrapped
+    # All that was not wrapped within is as it was.
+    assert {name: vars(dialect)[name] for name in before if name != "do_execute"} == {
+        name: value for name, value in before.items() if name != "do_execute"
+    }
+    assert set(vars(dialect)) == set(before)
+    for name in kept:
+        delattr(dialect, name)
+
+
 def test_a_dialect_that_was_wrapped_within_the_block_stays_so(anywhere):
     dialect: Any = anywhere.engine.dialect
     calls: list[str] = []
@@ -2373,6 +2405,22 @@ def test_listeners_to_the_pool_are_called(anywhere):
         anywhere.Session.remove()
         calls.clear()
     assert calls == []
+
+
+def test_a_lease_is_given_back_once(anywhere):
+    calls: list[str] = []
+    for name in "checkin", "reset", "invalidate":
+        event.listen(anywhere.engine, name, partial(lambda name, *args: calls.append(name), name))
+    with isolated(anywhere.Session):
+        leases = [anywhere.engine.raw_connection() for _ in range(2)]
+        assert anywhere.engine.pool.checkedout() == 2
+        for _ in range(2):
+            leases[0].close()
+            leases[1].invalidate()
+            assert anywhere.engine.pool.checkedout() == 0
+        assert [lease.is_valid for lease in leases] == [False, False]
+        assert calls == ["reset", "checkin", "invalidate"]
+    anywhere.engine.dispose()
 
 
 def test_listeners_come_and_go_as_ever(sqlite_url):

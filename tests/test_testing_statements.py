@@ -76,12 +76,22 @@ def test_guards_of_one_and_of_none(notes):
     notes.Session.remove()
 
 
-def test_a_long_list_is_cut(notes):
+@pytest.mark.parametrize(("times", "more"), [(10, ""), (11, ", …"), (12, ", …")])
+def test_a_long_list_is_cut(notes, times, more):
     with count_statements(notes.engine) as statements:
-        for _ in range(12):
+        for _ in range(times):
             notes.Session.execute(sa.text("SELECT 1"))
     notes.Session.remove()
-    assert str(statements) == "  12 times (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …): SELECT 1"
+    assert str(statements) == f"  {times} times (1, 2, 3, 4, 5, 6, 7, 8, 9, 10{more}): SELECT 1"
+
+
+@pytest.mark.parametrize(("length", "shown"), [(80, 80), (81, 79), (82, 79)])
+def test_a_long_statement_is_cut_in_the_one_line(notes, length, shown):
+    statement = "SELECT 1 -- ".ljust(length, "x")
+    with count_statements(notes.engine) as statements:
+        notes.Session.execute(sa.text(statement))
+    notes.Session.remove()
+    assert repr(statements) == f"<1 statement: {statement[:shown]}{'' if shown == length else '…'}>"
 
 
 def test_a_plain_assert_shows_the_statements_in_one_line(notes):
@@ -103,6 +113,7 @@ def test_parameters_are_shown_only_where_that_is_asked_for(notes):
             notes.Session.execute(sa.select(Note.id).where(Note.text == "secret"))
             notes.Session.connection().exec_driver_sql("SELECT 2", execution_options={"no_parameters": True})
         notes.Session.remove()
+        assert str(statements).endswith("SELECT 2\n       5: ()" if parameters else "SELECT 2")
         with pytest.raises(AssertionError) as failed:
             statements.exactly(0)
         assert ("secret" in str(failed.value)) is parameters
