@@ -145,7 +145,7 @@ class Tokens:
             if token.home and token.home not in homes:
                 homes += (token.home,)
                 fresh = age <= self.lifetime / 2
-            if age < token.pinned:
+            if token.pinned and age < token.pinned:
                 pinned = True
         return Seen(position, homes, pinned, fresh)
 

@@ -80,11 +80,21 @@ def test_a_token_is_good_for_its_lifetime_and_a_little_before(tokens, clock, sec
     assert tokens.seen(sent, None).position == (7 if is_good else 0)
 
 
-@pytest.mark.parametrize(("seconds", "is_pinned"), [(0, True), (30, True), (31, False), (32, False)])
+def test_what_is_not_ours_or_not_good_any_more_hides_nothing(tokens, clock):
+    good, issued = position(tokens, 7), int(clock.now)
+    clock.now = issued - LIFETIME - 1
+    old, home_of_old = position(tokens, 9), home(tokens)
+    clock.now = issued
+    assert tokens.seen(f"{NAME}=forged; {old}; {home_of_old}; {good}", None) == (7, (), False, False)
+
+
+@pytest.mark.parametrize(("seconds", "is_pinned"), [(-10, True), (0, True), (30, True), (31, False), (32, False)])
 def test_a_visitor_is_pinned_for_so_many_seconds(tokens, clock, seconds, is_pinned):
-    sent = position(tokens, 0, pinned=31)
+    sent, not_pinned = position(tokens, 0, pinned=31), position(tokens, 1)
     clock.now = int(clock.now) + seconds
     assert tokens.seen(sent, None).pinned is is_pinned
+    assert not tokens.seen(not_pinned, None).pinned
+    assert not tokens.seen(home(tokens, int(clock.now) - seconds), None).pinned
 
 
 def test_the_time_of_a_home_is_rounded_so_that_all_visitors_share_it(clock):
@@ -121,6 +131,14 @@ def test_it_takes_no_other_cookie_for_the_home(tokens):
         assert tokens.fresh_home(f"{other}; {position(tokens, 1)}") is None
 
 
+@pytest.mark.parametrize("pinned", [0, 5])
+def test_it_takes_no_other_token_for_that_of_a_home(tokens, pinned):
+    for number in 0, 1:
+        known = position(tokens, number, pinned)
+        tokens.seen(known, None)
+        assert tokens.fresh_home(known.replace(f"{NAME}=", f"{NAME}_home=")) is None
+
+
 @pytest.mark.parametrize(
     ("seconds", "is_fresh"),
     [(-31, False), (-30, True), (0, True), (LIFETIME / 2, True), (LIFETIME / 2 + 1, False)],
@@ -129,5 +147,7 @@ def test_it_ends_when_the_visitor_has_to_be_told_again(tokens, clock, seconds, i
     issued = int(clock.now)
     known = home(tokens, issued)
     assert tokens.seen(known, None).fresh
+    assert not tokens.seen(position(tokens, 1), None).fresh
     clock.now = issued + seconds
     assert tokens.fresh_home(known) == (HOME if is_fresh else None)
+    assert tokens.seen(known, None).fresh is is_fresh

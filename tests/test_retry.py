@@ -2552,34 +2552,29 @@ def test_without_a_policy_the_body_is_left_alone(sqlite_world: World) -> None:
     assert inputs == [given]
 
 
-def test_engines_from_before_and_from_after_the_first_policy_of_a_process_tell_of_their_commits() -> None:
-    program = """
-import sqlalchemy as sa
-from sqlalchemy.orm import sessionmaker
-from sa_wsgi_session import RetryPolicy, with_session
+def test_engines_from_before_and_from_after_the_first_policy_of_a_process_tell_of_their_commits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sa_wsgi_session._watching._there_are_policies", False)
+    attempts: list[int] = []
 
-attempts = []
-policy = RetryPolicy(delay=0, is_transient=lambda error: True)
+    def work(maker: Any, **options: Any) -> None:
+        @with_session(maker, **options)
+        def job(*, session: Any) -> None:
+            attempts.append(1)
+            session.execute(sa.text("CREATE TABLE IF NOT EXISTS t (i int)"))
+            session.commit()
+            raise LookupError
 
-def work(maker, **options):
-    @with_session(maker, **options)
-    def job(*, session):
-        attempts.append(1)
-        session.execute(sa.text("CREATE TABLE IF NOT EXISTS t (i int)"))
-        session.commit()
-        raise LookupError
-    try:
-        job()
-    except LookupError:
-        pass
+        with pytest.raises(LookupError):
+            job()
 
-first, second = (sessionmaker(sa.create_engine("sqlite://")) for _ in range(2))
-work(first)
-work(first, retry=policy)
-work(second, retry=policy)
-print(len(attempts))
-"""
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"3\n"
+    policy = RetryPolicy(delay=0, is_transient=lambda error: True)
+    first, second = (sessionmaker(sa.create_engine("sqlite://")) for _ in range(2))
+    work(first)
+    work(first, retry=policy)
+    work(second, retry=policy)
+    assert len(attempts) == 3
 
 
 def test_without_a_policy_webob_is_not_imported() -> None:
