@@ -167,11 +167,12 @@ def provider(spans: InMemorySpanExporter) -> TracerProvider:
 
 def test_a_span_for_each_unit(spans: InMemorySpanExporter, provider: TracerProvider) -> None:
     observer = OpenTelemetryObserver(provider)
-    for unit in UNIT, FAILED, JOB, replace(UNIT, outcome="unknown"):
+    for unit in UNIT, FAILED, JOB, replace(UNIT, outcome="unknown", seconds=86_400.0):
         observer(unit)
     first, second, job, unknown = spans.get_finished_spans()
     assert (first.name, job.name) == ("unit of work", "app.purge")
     assert (first.start_time, first.end_time) == (10**18, 10**18 + 500_000_000)
+    assert (unknown.start_time, unknown.end_time) == (10**18, 10**18 + 86_400 * 10**9)
     assert dict(first.attributes or {}) == {
         "http.request.method": "GET",
         "url.path": "/notes",

@@ -1171,6 +1171,8 @@ def test_what_is_wrong_is_told_when_the_file_is_loaded(case, folder):
         # A password that is a word of any day: a name is resolved without it.
         (["session = json:thing", "sqlalchemy.url = postgresql://json:json@localhost/json"], AttributeError),
         (["session = tests.nowhere:thing", "sqlalchemy.url = sqlite://?application_name=tests"], ModuleNotFoundError),
+        # So is the beginning of one that has an @: only what comes after that may be taken for something else.
+        ([SCOPED, "sqlalchemy.url = sqlite://me:a@s3cret@/", "sqlalchemy.pool_size = many"], ValueError),
         # What quotes the URL, or may quote a part of it, is left out.
         ([SCOPED, "sqlalchemy.url = sqlite://me:p@55@localhost/notes"], None),
         ([SCOPED, "sqlalchemy.url = sqlite://localhost/notes?passwd=s3cret"], None),

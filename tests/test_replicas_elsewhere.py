@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sqlite3
 import time
@@ -112,6 +113,11 @@ def test_middlewares_of_one_primary_share_their_replicas_and_others_do_not(engin
     SessionMiddleware(app, sessionmaker(primary), replicas=replicas)
     with pytest.raises(ValueError, match="replicas is in use with a session that is bound to another primary"):
         SessionMiddleware(app, sessionmaker(other), replicas=replicas)
+
+
+def test_what_is_not_given_is_as_the_documentation_says(engines):
+    parameters = inspect.signature(ReadReplicas).parameters
+    assert (parameters["max_lag"].default, parameters["sticky"].default) == (10.0, 5.0)
 
 
 def test_the_secret_is_not_shown(engines):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 from wsgiref.util import FileWrapper
 
 import greenlet
@@ -2676,3 +2676,23 @@ def test_middlewares_that_are_made_at_the_same_time_listen_once(monkeypatch: pyt
         thread.join()
     monkeypatch.undo()
     assert listeners(session.session_factory) == before + 1
+
+
+def test_a_view_of_many_statements_remembers_only_the_open_results(world: World) -> None:
+    remembered: list[int] = []
+
+    def view() -> Any:
+        results, scope = [], cast(Any, current_scope())
+        for number in range(1_000):
+            result = world.Session.execute(sa.select(sa.literal(number)))
+            if number % 100 == 0:
+                results.append(result)
+            else:
+                result.all()
+            remembered.append(len(scope.watch._contexts))
+
+        return (str(result.scalar_one()).encode() for result in results)
+
+    assert request(serve(world, view)).content == b"0100200300400500600700800900"
+    assert remembered[:64] == list(range(1, 65))
+    assert max(remembered) < 100

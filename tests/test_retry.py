@@ -33,6 +33,7 @@ from sa_wsgi_session import (
     RetryPolicy,
     RollbackOnlyError,
     SessionMiddleware,
+    _watching,
     current_scope,
     session_scope,
     with_session,
@@ -2575,6 +2576,37 @@ def test_engines_from_before_and_from_after_the_first_policy_of_a_process_tell_o
     work(first, retry=policy)
     work(second, retry=policy)
     assert len(attempts) == 3
+
+
+def test_without_a_policy_nobody_listens_to_what_only_a_policy_needs() -> None:
+    factories = [sessionmaker(sa.create_engine("sqlite://")) for _ in range(2)]
+    SessionMiddleware(respond(list), scoped_session(factories[0]))
+    SessionMiddleware(respond(list), scoped_session(factories[1]), retry=POLICY)
+    listened_to = _watching._TO_SESSION_ON_TRIAL.targets()
+    assert [factory.class_ in listened_to for factory in factories] == [False, True]
+
+
+def test_what_was_read_from_a_database_in_autocommit_is_no_reason_not_to_replay() -> None:
+    engine = sa.create_engine("sqlite://")
+    reports = sa.create_engine("sqlite://", isolation_level="AUTOCOMMIT")
+    Base.metadata.create_all(engine)
+    CountersBase.metadata.create_all(reports)
+    session: Any = scoped_session(sessionmaker(binds={Note: engine, Counter: reports}))
+    attempts: list[int] = []
+
+    def view() -> list[bytes]:
+        attempts.append(current_scope().attempt)
+        session.add(Note(text="new"))
+        session.flush()
+        session.execute(sa.select(Counter.id)).all()
+        if len(attempts) == 1:
+            raise StaleDataError
+        return [b"done"]
+
+    assert request(SessionMiddleware(respond(view), session, retry=POLICY)).content == b"done"
+    assert attempts == [1, 2]
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count(Note.id))) == 1
 
 
 def test_without_a_policy_webob_is_not_imported() -> None:

@@ -283,6 +283,8 @@ def test_after_its_end_a_scope_refuses_everything(world: World) -> None:
             scope.on_commit(lambda: None)
         with pytest.raises(NoActiveScope, match="had ended"):
             scope.on_rollback(lambda: None)
+        with pytest.raises(NoActiveScope, match="had ended"):
+            scope.use_primary()
 
 
 @in_each_registry
