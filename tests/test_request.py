@@ -1896,6 +1896,8 @@ READS = [
     "SELECT text FROM note -- UPDATE it; INSERT INTO it",
     "/* INSERT INTO */ SELECT text FROM note",
     f"SELECT text FROM note WHERE text <> '{'x' * 5_000}'",
+    # The longest that is taken apart, 20,000 characters; and a longer one.
+    "SELECT text FROM note WHERE text <> 'DELETE; it''s INTO ".ljust(19_999, "x") + "'",
     f"SELECT text FROM note WHERE text <> '{'x' * 200_000}'",
     "VALUES ('a note')",
     "TABLE note",

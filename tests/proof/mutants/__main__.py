@@ -4,7 +4,7 @@
 
     python -m tests.proof.mutants                  # all modules
     python -m tests.proof.mutants _scope paste     # these alone
-    python -m tests.proof.mutants --again          # what survived the last time, or was not tried
+    python -m tests.proof.mutants --again          # what survived the last time unexplained, or was not tried
 
 ``tox -e mutants`` does the first.  It takes hours, on as many processes as there are processors; Ctrl-C keeps what is
 known by then.  The last needs ``$PROOF_REPORT``, and takes what it finds there of modules that are what they were then.
@@ -421,9 +421,8 @@ def main(arguments: Sequence[str]) -> int:
         passes = [(None, 1), *([(packages, 1), (packages, 10)] if packages else []), (None, 10)]
         try:
             for packages, times in passes:
-                left = [it for it in mutants if results.get(key_of(it), ("survived",))[0] == "survived"]
-                if (packages, times) != passes[0]:
-                    left = [it for it in left if key_of(it) not in reasons]
+                known = {key for key, (outcome, _) in results.items() if outcome != "survived" or key in reasons}
+                left = [mutant for mutant in mutants if key_of(mutant) not in known]
                 if left:
                     run(left, results, folder, packages, times * SECONDS_OF_A_MUTANT)
         finally:
