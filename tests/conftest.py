@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -31,6 +32,13 @@ SQLALCHEMY_14 = sqlalchemy.__version__.startswith("1.4.")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background has Ctrl-C ignored, and so would the programs that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left_open() -> Iterator[None]:
+    """What a module leaves open is an error there, and not in whichever test the collector happens to run next."""
+    yield
+    gc.collect()
 
 
 def unavailable(reason: NotInstalled) -> NoReturn:

@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.orm.exc import StaleDataError
 
 from sa_wsgi_session import (
     NoActiveScope,
@@ -146,6 +147,35 @@ def test_after_the_end_of_the_unit_that_was_inherited_there_is_no_session(contex
     run_in_thread(lambda: context.run(assert_refused, contextual.Session))
     with session_scope(contextual.Session):
         context.run(assert_refused, contextual.Session)
+
+
+def test_after_the_end_of_the_unit_that_was_inherited_an_error_is_just_an_error(contextual: World) -> None:
+    with session_scope(contextual.Session) as session:
+        session.execute(sa.select(Note.id))
+        context = copy_context()
+
+    def job() -> None:
+        with contextual.engine.connect() as connection, pytest.raises(sa.exc.DBAPIError):
+            connection.execute(sa.text("SELECT nonsense"))
+
+    context.run(job)
+    run_in_thread(lambda: context.run(job))
+
+
+def test_after_the_end_of_the_unit_that_was_inherited_a_lost_race_is_replayed(contextual: World) -> None:
+    attempts: list[int] = []
+
+    @with_session(contextual.Session, retry=RetryPolicy(delay=0))
+    def job(*, session: OrmSession) -> None:
+        attempts.append(current_scope().attempt)
+        session.execute(sa.select(Note.id))
+        if len(attempts) == 1:
+            raise StaleDataError
+
+    with session_scope(contextual.Session):
+        context = copy_context()
+    context.run(job)
+    assert attempts == [1, 2]
 
 
 def test_after_the_end_of_the_unit_that_was_inherited_one_can_have_one_of_ones_own(contextual: World) -> None:

@@ -178,6 +178,22 @@ def test_without_a_policy_a_lost_race_is_an_error(copies):
     assert len(seen) == 1
 
 
+def test_a_body_waits_for_no_statement_that_has_failed(copies):
+    def view() -> Any:
+        try:
+            copies.Session.execute(sa.text("SELECT nonsense"))
+        except sa.exc.OperationalError as failure:
+            kept.append(failure)
+        return iter([b"done"])
+
+    kept: list[Exception] = []
+    exchange = copies.visitor(view).exchange()
+    assert copies.checked_out == [0, 0, 0]
+    assert exchange.read() == b"done"
+    assert copies.units[-1].engine.startswith("replica")
+    assert len(kept) == 1
+
+
 def test_without_a_policy_a_body_is_there_once_more_on_the_primary(copies):
     def view() -> list[bytes]:
         body = current_environ["wsgi.input"].read()

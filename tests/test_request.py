@@ -31,6 +31,7 @@ from sa_wsgi_session import (
     RollbackOnlyError,
     SessionMiddleware,
     SessionScope,
+    _watching,
     contextual_session,
     current_scope,
     default_commit_veto,
@@ -2650,34 +2651,50 @@ def test_a_session_with_two_databases_still_knows_the_result_of_the_first_one(
         other.dispose()
 
 
-def test_middlewares_that_are_made_at_the_same_time_listen_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Meeting:
-        """A lock before which two threads meet."""
+class Meeting:
+    """A lock before which two threads meet."""
 
-        def __init__(self) -> None:
-            self._barrier = threading.Barrier(2, timeout=30)
-            self._lock = threading.Lock()
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=30)
+        self._lock = threading.Lock()
 
-        def __enter__(self) -> None:
-            self._barrier.wait()
-            self._lock.acquire()
+    def __enter__(self) -> None:
+        self._barrier.wait()
+        self._lock.acquire()
 
-        def __exit__(self, *error: object) -> None:
-            self._lock.release()
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
+
+def in_two_threads_that_meet(function: Callable[[], Any]) -> list[Any]:
+    returned: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sa_wsgi_session._watching.lock", Meeting())
+        threads = [threading.Thread(target=lambda: returned.append(function())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return returned
+
+
+def test_middlewares_that_are_made_at_the_same_time_listen_once() -> None:
     def listeners(factory: Any) -> int:
         return len(list(factory().dispatch.after_begin))
 
     session = scoped_session(sessionmaker())
     before = listeners(session.session_factory)
-    monkeypatch.setattr("sa_wsgi_session._watching.lock", Meeting())
-    threads = [threading.Thread(target=SessionMiddleware, args=(respond(list), session)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    monkeypatch.undo()
+    in_two_threads_that_meet(lambda: SessionMiddleware(respond(list), session))
     assert listeners(session.session_factory) == before + 1
+
+
+def test_of_two_that_register_at_the_same_time_one_is_the_first() -> None:
+    class Target:
+        """Nothing."""
+
+    listeners = _watching.Listeners({})
+    assert sorted(in_two_threads_that_meet(lambda: listeners.register(Target))) == [False, True]
+    assert not listeners.register(Target)
 
 
 def test_a_view_of_many_statements_remembers_only_the_open_results(world: World) -> None:

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -129,6 +130,21 @@ def world_of(database: str, registry: str = "thread-local") -> Any:
 sqlite_world = world_of("sqlite")
 postgresql_world = world_of("postgresql")
 mariadb_world = world_of("mariadb")
+
+
+@pytest.fixture
+def new_engine() -> Iterator[Callable[..., Engine]]:
+    """Call it with a declarative base, and what ``create_engine`` takes: a new database in memory, with its tables."""
+    engines: list[Engine] = []
+
+    def create(base: Any, **options: Any) -> Engine:
+        engines.append(sa.create_engine("sqlite://", **options))
+        base.metadata.create_all(engines[-1])
+        return engines[-1]
+
+    yield create
+    for engine in engines:
+        engine.dispose()
 
 
 @contextmanager
@@ -2493,6 +2509,28 @@ def test_a_policy_may_know_of_more_errors_of_the_database(postgresql_world: Worl
         assert tried.attempts == [1, 2]
 
 
+def test_is_transient_is_asked_about_errors_and_about_those_of_the_request_alone(sqlite_world: World) -> None:
+    asked: list[BaseException] = []
+
+    def is_transient(error: BaseException) -> bool:
+        asked.append(error)
+        return False
+
+    def view() -> None:
+        write(sqlite_world, "lost")
+        sqlite_world.Session.rollback()
+        with closing(sqlite_world.Session.session_factory()) as private:
+            private.get(Counter, 1)
+            try:
+                raise LookupError
+            except LookupError:
+                private.rollback()
+        raise Failure
+
+    tried = Tried(sqlite_world, view, retry=RetryPolicy(delay=0, is_transient=is_transient))
+    assert asked == [tried.raises(Failure)]
+
+
 @pytest.mark.parametrize("make_app", [respond, framework], ids=["raised", "error page"])
 @pytest.mark.parametrize("fail", [fail, fail_in_sql])
 def test_an_is_transient_that_fails_changes_nothing(
@@ -2554,7 +2592,7 @@ def test_without_a_policy_the_body_is_left_alone(sqlite_world: World) -> None:
 
 
 def test_engines_from_before_and_from_after_the_first_policy_of_a_process_tell_of_their_commits(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, new_engine: Callable[..., Engine]
 ) -> None:
     monkeypatch.setattr("sa_wsgi_session._watching._there_are_policies", False)
     attempts: list[int] = []
@@ -2563,7 +2601,7 @@ def test_engines_from_before_and_from_after_the_first_policy_of_a_process_tell_o
         @with_session(maker, **options)
         def job(*, session: Any) -> None:
             attempts.append(1)
-            session.execute(sa.text("CREATE TABLE IF NOT EXISTS t (i int)"))
+            session.add(Note(text=str(len(attempts))))
             session.commit()
             raise LookupError
 
@@ -2571,11 +2609,14 @@ def test_engines_from_before_and_from_after_the_first_policy_of_a_process_tell_o
             job()
 
     policy = RetryPolicy(delay=0, is_transient=lambda error: True)
-    first, second = (sessionmaker(sa.create_engine("sqlite://")) for _ in range(2))
-    work(first)
-    work(first, retry=policy)
-    work(second, retry=policy)
-    assert len(attempts) == 3
+    engines = [new_engine(Base) for _ in range(3)]
+    # Of the engine of the last one nobody knows before it is used.
+    secretive = type("Secretive", (Session,), {"get_bind": lambda *args, **options: engines[2]})
+    makers: list[Any] = [sessionmaker(engines[0]), sessionmaker(engines[1]), sessionmaker(class_=secretive)]
+    work(makers[0])
+    for maker in makers:
+        work(maker, retry=policy)
+    assert len(attempts) == 4
 
 
 def test_without_a_policy_nobody_listens_to_what_only_a_policy_needs() -> None:
@@ -2586,11 +2627,22 @@ def test_without_a_policy_nobody_listens_to_what_only_a_policy_needs() -> None:
     assert [factory.class_ in listened_to for factory in factories] == [False, True]
 
 
-def test_what_was_read_from_a_database_in_autocommit_is_no_reason_not_to_replay() -> None:
-    engine = sa.create_engine("sqlite://")
-    reports = sa.create_engine("sqlite://", isolation_level="AUTOCOMMIT")
-    Base.metadata.create_all(engine)
-    CountersBase.metadata.create_all(reports)
+def test_a_driver_that_knows_of_no_autocommit_has_none() -> None:
+    driver = SimpleNamespace()
+    connection: Any = SimpleNamespace(
+        _is_autocommit_isolation=lambda: False,
+        dialect=SimpleNamespace(name="firebird"),
+        connection=SimpleNamespace(dbapi_connection=driver),
+    )
+    assert not _watching._is_in_autocommit(connection)
+    driver.autocommit = True
+    assert _watching._is_in_autocommit(connection)
+
+
+def test_what_was_read_from_a_database_in_autocommit_is_no_reason_not_to_replay(
+    new_engine: Callable[..., Engine],
+) -> None:
+    engine, reports = new_engine(Base), new_engine(CountersBase, isolation_level="AUTOCOMMIT")
     session: Any = scoped_session(sessionmaker(binds={Note: engine, Counter: reports}))
     attempts: list[int] = []
 
