@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 import os
 import re
@@ -773,10 +774,12 @@ class TestBooks:
             Ledger(books.path)
         assert books.query("SELECT name FROM sqlite_master") == [("diary",)]
 
+    @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
     def test_a_file_that_is_no_database_is_left_alone(self, books):
         books.path.write_text("Dear diary, " * 100)
         with pytest.raises(model.Refusal, match="cannot be used: file is not a database"):
             Ledger(books.path)
+        gc.collect()  # SQLAlchemy 1.4 drops a connection for which a listener to "connect" has failed
         assert books.path.read_text().startswith("Dear diary")
 
     def test_a_database_in_memory_cannot_be_shared(self):
