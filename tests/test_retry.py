@@ -1415,6 +1415,23 @@ def test_what_is_done_on_an_engine_before_it_is_known_may_be_durable(postgresql_
         assert tried.attempts == ([1, 2] if bind == "configured" else [1, 1, 2])
 
 
+def test_an_error_page_is_replaced_on_an_engine_that_was_told_of_late(postgresql_url: URL) -> None:
+    """Whether that is a session's or, as here, anybody's."""
+    with closing(World(postgresql_url)) as world:
+        set_up(world.engine)
+        factory: Any = sessionmaker()
+        engine, world.Session = world.engine, scoped_session(factory)
+
+        def lose_in_core(world: World) -> None:
+            with engine.begin() as connection:
+                connection.execute(sa.text("SELECT fail('40001')"))
+
+        tried = Tried(world, first(world, lose_in_core), framework)
+        factory.configure(bind=engine)
+        assert tried.answers().content == b"done"
+        assert tried.attempts == [1, 2]
+
+
 class Interruption(BaseException):
     """A timeout of gevent, say."""
 
