@@ -986,11 +986,13 @@ def test_a_body_whose_iteration_fails_at_once_is_closed(one_world: World, status
             start_response(status, PLAIN)
         return body
 
-    failure, body = LookupError(), Broken([])
+    found: list[int] = []
+    failure, body = LookupError(), Broken([], lambda: found.append(one_world.Session.query(Note).count()))
     refused = Refused(SessionMiddleware(app, one_world.Session), LookupError)
     assert refused.error is failure
     assert refused.told == []
     assert body.closed == 1
+    assert found == [0]  # what has failed is rolled back by then
     assert one_world.durable() == []
 
 
