@@ -357,12 +357,14 @@ def test_without_a_header_there_is_none(tmp_path):
 def test_patterns_of_paths_are_told_of_up_to_a_number(copies, monkeypatch, caplog):
     from sa_wsgi_session import _routing
 
-    monkeypatch.setattr(_routing, "_told", {str(number) for number in range(_routing._MOST_PATTERNS)})
+    monkeypatch.setattr(_routing, "_told", {str(number) for number in range(199)})
 
     def view() -> list[bytes]:
-        copies.Session.add(note("new"))
+        copies.Session.add(note(str(current_scope())))
         return []
 
+    copies.visitor(view).request("/last")
+    assert "/last" in caplog.text
     copies.visitor(view).request("/one-more")
     assert "one-more" not in caplog.text
 

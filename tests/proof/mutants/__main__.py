@@ -9,10 +9,10 @@
 ``tox -e mutants`` does the first.  It takes hours, on as many processes as there are processors; Ctrl-C keeps what is
 known by then.  The last needs ``$PROOF_REPORT``, and takes what it finds there of modules that are what they were then.
 
-Everything happens in copies of the checkout.  First the tests run there once, and are measured: how long each takes,
-and which lines it runs.  Then, for each mutant, the tests that run the changed line are run until one fails: first
-those that have noticed a neighbour, then in turn one that runs little else and one that is fast.  A test that takes
-more than ``SECONDS_OF_A_TEST`` has noticed, too.
+Everything happens in copies of the checkout.  First the tests run there, each in one of them, and are measured: how
+long each takes, and which lines it runs.  Then, for each mutant, the tests that run the changed line are run until one
+fails: first those that have noticed a neighbour, then in turn one that runs what few others run of the same function,
+one that runs little else, and one that is fast.  A test that takes more than ``SECONDS_OF_A_TEST`` has noticed, too.
 
 What survives, and is not explained in ``survivors.rst``, is tried with SQLAlchemy 1.4 as well, if
 ``$MUTANTS_SQLALCHEMY_14`` names a folder that has it; and then once more with ten times as many seconds.
@@ -66,8 +66,8 @@ TIMEOUT = ("-o", f"faulthandler_timeout={SECONDS_OF_A_TEST}")
 SECONDS_OF_A_MUTANT = float(os.environ.get("MUTANTS_SECONDS", "30"))
 #: So many are tried first: most mutants do not see another one.
 FIRST = 30
-#: What runs other code, reads the documents, or needs a browser; and the proof itself.
-IGNORED = ("frameworks", "proof", "test_docs.py", "test_ledger_browser.py", "test_readme.py", "test_servers.py")
+#: What runs other code, reads the documents, or needs a browser.
+IGNORED = ("test_docs.py", "test_ledger_browser.py", "test_readme.py", "test_servers.py")
 #: Each process that runs one of these starts three servers: they come last.
 SLOW_TO_BEGIN = ("tests/test_replicas.py", "tests/test_replicas_load.py")
 #: Imported once and not for each mutant; they know nothing of the package.
@@ -87,6 +87,15 @@ PACKAGE = "sa_wsgi_session"
 EACH_MUTANT = "each_mutant.json"
 
 _T = TypeVar("_T")
+#: How many seconds each test takes, and which tests run a line, by file and line; without a name: it is run when the
+#: tests are imported.
+Measured = tuple[Counter[str], dict[str, dict[int, set[str]]]]
+
+
+def test_files(copy: Path) -> list[str]:
+    """The modules of tests that may notice a mutant; the longest first."""
+    found = sorted(copy.glob("tests/test_*.py"), key=lambda path: -path.stat().st_size)
+    return [f"tests/{path.name}" for path in found if path.name not in IGNORED]
 
 
 class Tests:
@@ -96,8 +105,7 @@ class Tests:
         self._copy = copy
         self._package = copy / PACKAGE
         self._seconds: Counter[str] = Counter()  # of floats
-        #: Which tests run a line, by file and line; without a name: it is run when the tests are imported.
-        self._running: dict[str, dict[int, set[str]]] = {}
+        self._running: dict[str, dict[int, set[str]]] = defaultdict(partial(defaultdict, set))
         #: How many lines a test runs.
         self._lines: Counter[str] = Counter()
         self._noticed: dict[tuple[Path, str], list[str]] = defaultdict(list)
@@ -108,11 +116,10 @@ class Tests:
         self._mutants: list[Mutant] | None = None
         self._tell: Callable[[Mutant, str, str], None] = print
 
-    def _pytest(self, *options: str) -> int:
+    def _pytest(self, *arguments: str) -> int:
         # Of the capturing of pytest, only what the processes of the mutants inherit without harm.
-        options = "-q", "-p", "no:cacheprovider", "--capture=sys", f"--basetemp={self._copy.with_name('tmp')}", *options
-        ignored = (f"--ignore=tests/{name}" for name in IGNORED)
-        return int(pytest.main(["tests", *ignored, *options], plugins=[self]))
+        options = "-q", "-p", "no:cacheprovider", "--capture=sys", f"--basetemp={self._copy.with_name('tmp')}"
+        return int(pytest.main([*options, *arguments], plugins=[self]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # Without its fixtures: whoever is the first to use a server starts it.
@@ -120,21 +127,28 @@ class Tests:
         if report.failed:
             self._failed = report.nodeid
 
-    def measure(self) -> None:
-        """Run them all, and note what each does."""
+    def measure(self, files: Sequence[str]) -> Measured:
+        """Run those in these files, and note what each does."""
         options = "-p", "pytest_cov", f"--cov={self._package}", "--cov-context=test", "--cov-report="
-        seconds = self._in_process(lambda: self._pytest(*options) or self._seconds, 3600)
+        seconds = self._in_process(lambda: self._pytest(*files, *options) or self._seconds, 3600)
         if not isinstance(seconds, Counter):
             end = self._log.read_text(errors="replace")[-5_000:]
             sys.exit(f"the tests fail where nothing is broken:\n{end}")
-        self._seconds = seconds
         data = coverage.CoverageData(str(self._copy / ".coverage"))
         data.read()
+        running = {}
         for path in self._package.glob("*.py"):
             lines = data.contexts_by_lineno(str(path)) or data.contexts_by_lineno(str(path.relative_to(self._copy)))
-            self._running[path.name] = {
-                line: {name.rpartition("|")[0] for name in names} for line, names in lines.items()
-            }
+            running[path.name] = {line: {name.rpartition("|")[0] for name in names} for line, names in lines.items()}
+        return seconds, running
+
+    def learn(self, measured: Measured) -> None:
+        """What :meth:`measure` has found, in this copy or another one."""
+        seconds, running = measured
+        self._seconds.update(seconds)
+        for module, lines in running.items():
+            for line, tests in lines.items():
+                self._running[module][line] |= tests
 
     def notice(self, mutants: list[Mutant], tell: Callable[[Mutant, str, str], None]) -> None:
         """Tell of each mutant what becomes of it, and which test has noticed it."""
@@ -144,7 +158,7 @@ class Tests:
         self._mutants, self._tell = mutants, tell
         found = (tests for lines in self._running.values() for tests in lines.values())
         self._lines = Counter(chain.from_iterable(found))
-        self._pytest(*TIMEOUT)
+        self._pytest(*test_files(self._copy), *TIMEOUT)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         if self._mutants is None:
@@ -257,14 +271,25 @@ class Tests:
         known = [test for test in reversed(self._noticed[place_of(mutant)]) if test in tests]
         fast_first = sorted(tests, key=self._seconds.__getitem__)
         narrow_first = sorted(fast_first, key=self._lines.__getitem__)
+        rare_first = sorted(fast_first, key=self._rarity(mutant).__getitem__)
         # The first set of parameters of each, then the second...
         rounds: dict[str, Iterator[int]] = defaultdict(count)
         number = {test: next(rounds[test.partition("[")[0]]) for test in fast_first}
         various_first = sorted(fast_first, key=number.__getitem__)
-        order = dict.fromkeys([*known, *chain.from_iterable(zip(narrow_first, various_first, strict=True))])
+        orders = rare_first, narrow_first, various_first
+        order = dict.fromkeys([*known, *chain.from_iterable(zip(*orders, strict=True))])
         order = dict.fromkeys(sorted(order, key=lambda test: test.startswith(SLOW_TO_BEGIN)))
         total = accumulate(self._seconds[test] for test in order)
         return [test for test, seconds in zip(order, total, strict=True) if seconds <= SECONDS_OF_A_MUTANT]
+
+    def _rarity(self, mutant: Mutant) -> Counter[str]:
+        """Of each test, how many run the line that the fewest run, of those lines of the function that it runs."""
+        running, rarity = self._running[mutant.path.name], Counter[str]()
+        lines = [running.get(line, set()) for line in _function(ast.parse(mutant.path.read_text()), mutant.lines.start)]
+        for tests in sorted(lines, key=len, reverse=True):
+            for test in tests:
+                rarity[test] = len(tests)
+        return rarity
 
     def _that_run(self, mutant: Mutant) -> set[str]:
         """Those that run one of the lines; where it is run by the import: those that run what uses its name."""
@@ -296,6 +321,15 @@ def _definition(tree: ast.AST, line: int) -> range:
         if isinstance(node, ast.FunctionDef) and first_line(node) <= line < node.body[0].lineno:
             return range(line, (node.end_lineno or line) + 1)
     return range(0)
+
+
+def _function(tree: ast.AST, line: int) -> range:
+    """The lines of the innermost function, if any, that has that line."""
+    found = range(0)
+    for node in ast.walk(tree):  # the outer ones first
+        if isinstance(node, ast.FunctionDef) and first_line(node) <= line <= (node.end_lineno or line):
+            found = range(node.lineno, (node.end_lineno or line) + 1)
+    return found
 
 
 def _names(code: str, line: int, *, of_classes: bool = True) -> set[str]:
@@ -339,7 +373,14 @@ def shown(key: Key) -> str:
     return "\n".join(f"    {line}" for line in (f"@@ {module}, {where} @@", *change.splitlines()))
 
 
-def run_share(folder: Path, number: int) -> None:
+def measure_share(folder: Path, number: int, measured: Path) -> None:
+    """Run this process's share of the tests in a copy of its own, and keep what they do."""
+    copy = Path.cwd()
+    files = test_files(copy)[number :: os.cpu_count()]
+    (measured / str(number)).write_bytes(pickle.dumps(Tests(copy).measure(files)))
+
+
+def notice_share(folder: Path, number: int, measured: Path) -> None:
     """Let the tests of a copy of its own notice this process's share of the mutants, and keep what came out."""
     for name in IMPORTED:
         with suppress(ImportError):
@@ -351,7 +392,8 @@ def run_share(folder: Path, number: int) -> None:
         print(outcome, test, f"\n{shown(key_of(mutant))}", file=sys.__stdout__, flush=True)
 
     tests = Tests(Path.cwd())
-    tests.measure()
+    for path in measured.iterdir():
+        tests.learn(pickle.loads(path.read_bytes()))
     tests.notice(pickle.loads((folder / f"mutants{number}").read_bytes()), tell)
 
 
@@ -365,8 +407,8 @@ def run(mutants: Sequence[Mutant], results: Results, folder: Path, packages: str
     numbers = range(os.cpu_count() or 1)
     # Of one function all, so that what has noticed one of them is tried first for the next.
     functions = {place: number for number, place in enumerate(dict.fromkeys(map(place_of, mutants)))}
+    measured = folder / f"measured-{Path(packages or 'installed').name}"
     with ExitStack() as stack:
-        running = []
         for number in numbers:
             # Whatever else happens.
             stack.callback(collect, folder / f"results{number}", results)
@@ -375,17 +417,30 @@ def run(mutants: Sequence[Mutant], results: Results, folder: Path, packages: str
             stack.callback(shutil.rmtree, copy, ignore_errors=True)
             share = [mutant for mutant in mutants if functions[place_of(mutant)] % len(numbers) == number]
             (folder / f"mutants{number}").write_bytes(pickle.dumps(share))
+        if not measured.exists():
+            measured.mkdir()
+            run_in_copies("--measure", folder, numbers, measured, packages, seconds)
+        run_in_copies("--notice", folder, numbers, measured, packages, seconds)
+
+
+def run_in_copies(
+    what: str, folder: Path, numbers: Sequence[int], measured: Path, packages: str | None, seconds: float
+) -> None:
+    """Have each of the processes do its share of that."""
+    with ExitStack() as stack:
+        running = []
+        for number in numbers:
+            copy = folder / str(number) / "copy"
             environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (packages, str(copy))))}
             environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "MUTANTS_SECONDS": str(seconds)}
             environ.pop("PYTHONDONTWRITEBYTECODE", None)
-            command = [sys.executable, "-m", "tests.proof.mutants", "--share", str(folder), str(number)]
+            command = [sys.executable, "-m", "tests.proof.mutants", what, str(folder), str(number), str(measured)]
             running.append(stack.enter_context(subprocess.Popen(command, cwd=copy, env=environ)))
         try:
-            while any(process.poll() is None for process in running):
+            while None in (states := [process.poll() for process in running]) and not any(states):
                 time.sleep(1)
-                for number, process in enumerate(running):
-                    if process.poll():
-                        raise SystemExit(f"process {number} has failed")
+            if any(states):
+                raise SystemExit(f"a process has failed; how they have ended: {states}")
         finally:
             for each in running:
                 each.terminate()
@@ -418,13 +473,14 @@ def main(arguments: Sequence[str]) -> int:
         results = {key: result for key, result in earlier.items() if key in keys}
         reasons = explained()
         packages = os.environ.get("MUTANTS_SQLALCHEMY_14")
-        passes = [(None, 1), *([(packages, 1), (packages, 10)] if packages else []), (None, 10)]
+        versions = [None, packages] if packages else [None]
+        passes = [(version, times) for times in (1, 10) for version in versions]
         try:
-            for packages, times in passes:
+            for version, times in passes:
                 known = {key for key, (outcome, _) in results.items() if outcome != "survived" or key in reasons}
                 left = [mutant for mutant in mutants if key_of(mutant) not in known]
                 if left:
-                    run(left, results, folder, packages, times * SECONDS_OF_A_MUTANT)
+                    run(left, results, folder, version, times * SECONDS_OF_A_MUTANT)
         finally:
             keep(earlier | results)
     return report(results, complete=not modules)
@@ -482,7 +538,8 @@ def report(results: Results, *, complete: bool) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--share"]:
-        run_share(Path(sys.argv[2]), int(sys.argv[3]))
+    share = {"--measure": measure_share, "--notice": notice_share}.get("".join(sys.argv[1:2]))
+    if share is not None:
+        share(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
     else:
         sys.exit(main(sys.argv[1:]))
