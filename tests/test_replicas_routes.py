@@ -339,6 +339,37 @@ class TestElsewhere:
         visit = Visit(world, header=dict(headers)["Seen"]).whole()
         assert visit.route.engine == "replica 1 of 2"
 
+    def test_who_has_a_home_but_may_know_more_of_that_database_reads_what_the_primary_has(self, world):
+        cookies = Visit(world).whole().cookies
+        header = dict(world.router.tokens.position_headers(10_000, 0, secure=False, forget_home=False))["Seen"]
+        world.one.fails("test")
+        world.positions[world.primary] = 150
+        visit = Visit(world, cookies=cookies, header=header).whole()
+        assert (visit.route.engine, visit.route.reason) == ("primary", "no replica is fresh enough")
+
+    def test_where_there_is_no_home_what_a_foreign_position_needs_is_what_anybody_needs(self, world):
+        Visit(world).whole()
+        world.positions[world.primary] = 150
+        header = dict(world.router.tokens.position_headers(10_000, 0, secure=False, forget_home=False))["Seen"]
+        assert Visit(world, header=header).whole().route.engine != "primary"
+
+    def test_who_is_at_home_on_one_that_lags_too_much_goes_elsewhere(self, world):
+        cookies = Visit(world).whole().cookies
+        Visit(world, cookies=cookies).whole()  # so that they are known there
+        world.positions[world.primary] = world.positions[world.two.engine] = 120
+        world.cluster.primary.raise_floor()
+        world.now += 0.2
+        visit = Visit(world, cookies=cookies).whole()
+        assert (visit.route.engine, visit.route.reason) == ("replica 2 of 2", "least busy")
+
+    def test_who_tells_of_something_newer_in_a_header_does_not_stay_at_home(self, world):
+        cookies = Visit(world).whole().cookies
+        Visit(world, cookies=cookies).whole()  # so that they are known there
+        world.positions[world.primary] = 150
+        header = Visit(world, "POST").whole().token
+        visit = Visit(world, cookies=cookies, header=header).whole()
+        assert (visit.route.engine, visit.route.reason) == ("primary", "no replica is fresh enough")
+
     @pytest.mark.parametrize("at_home", [True, False])
     def test_when_the_headers_have_left_nobody_can_be_told_where(self, world, at_home):
         cookies = Visit(world).whole().cookies if at_home else None
@@ -359,8 +390,13 @@ class TestElsewhere:
         visit.end()
 
     def test_a_visitor_who_has_read_from_a_replica_waits_for_the_primary(self, world):
-        cookies = Visit(world).whole().cookies
-        for arguments, snapshots in (({}, 0), ({"cookies": "a=b"}, 0), ({"cookies": cookies}, 1)):
+        read = Visit(world).whole()
+        for arguments, snapshots in (
+            ({}, 0),
+            ({"cookies": "a=b"}, 0),
+            ({"cookies": read.cookies}, 1),
+            ({"header": read.token}, 1),
+        ):
             world.snapshots = 0
             Visit(world, "POST", **arguments).whole()
             assert world.snapshots == snapshots
