@@ -94,6 +94,21 @@ def test_a_request_that_asks_nothing_of_the_database_goes_nowhere(site):
     assert site.units[0].engine_reason is None
 
 
+def test_what_is_done_on_another_replica_past_the_session_is_none_of_ours(site):
+    calls: list[None] = []
+
+    def view() -> list[bytes]:
+        calls.append(None)
+        here = site.where()
+        _own, other = sorted(site.engines, key=lambda engine: engine.pool.checkedout(), reverse=True)
+        with pytest.raises(sa.exc.DBAPIError), other.connect() as connection:
+            connection.execute(sa.text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        return here
+
+    assert site.visitor(view).request().startswith("replica")
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("registry", REGISTRIES)
 def test_it_is_the_same_for_each_registry(sites, registry):
     with sites.make(FRESH, registry=registry) as site:

@@ -115,6 +115,13 @@ def test_middlewares_of_one_primary_share_their_replicas_and_others_do_not(engin
         SessionMiddleware(app, sessionmaker(other), replicas=replicas)
 
 
+def test_outside_of_requests_a_replica_that_is_down_is_the_error_that_it_always_is(engines, tmp_path):
+    down = sa.create_engine(f"sqlite:///{tmp_path}/no/such/folder")
+    SessionMiddleware(app, sessionmaker(engines[0]), replicas=ReadReplicas([down], secret=SECRET))
+    with pytest.raises(sa.exc.OperationalError, match="unable to open database file"):
+        down.connect()
+
+
 def test_what_is_not_given_is_as_the_documentation_says(engines):
     parameters = inspect.signature(ReadReplicas).parameters
     assert (parameters["max_lag"].default, parameters["sticky"].default) == (10.0, 5.0)
