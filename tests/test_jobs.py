@@ -413,6 +413,32 @@ def test_a_session_that_begins_anew_at_its_end_gives_its_connection_back(sqlite_
         assert world.checked_out == 0
 
 
+@pytest.mark.parametrize("what", ["commit", "rollback"])
+def test_a_commit_or_rollback_of_ones_own_that_ends_nothing_is_called_once(sqlite_url: URL, what: str) -> None:
+    calls: list[str] = []
+
+    class Reluctant(OrmSession):
+        def commit(self) -> None:
+            self._wait("commit")
+
+        def rollback(self) -> None:
+            self._wait("rollback")
+
+        def _wait(self, name: str) -> None:
+            calls.append(name)
+            if calls.count(name) > 2 or name != what:
+                getattr(super(), name)()
+
+    with closing(World(sqlite_url, class_=Reluctant, future=True)) as world:
+        with session_scope(world.Session) as session:
+            write(session, "lost")
+            if what == "rollback":
+                current_scope().doom("a dry run")
+        assert calls == [what]
+        assert world.durable() == []
+        assert world.checked_out == 0
+
+
 def test_a_rollback_that_is_interrupted_goes_on_as_the_interruption(sqlite_url: URL) -> None:
     class Interrupted(OrmSession):
         def rollback(self) -> None:
