@@ -1415,6 +1415,24 @@ def test_what_is_done_on_an_engine_before_it_is_known_may_be_durable(postgresql_
         assert tried.attempts == ([1, 2] if bind == "configured" else [1, 1, 2])
 
 
+def test_a_race_that_is_lost_while_the_body_is_closed_is_an_error_and_no_attempt(
+    sqlite_world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[str] = []
+
+    def on_close() -> None:
+        current_scope().on_rollback(lambda: told.append("rolled back"))
+        find_it_stale(sqlite_world)
+
+    tried = Tried(sqlite_world, lambda: Body([b"chunk"], on_close))
+    exchange = Exchange(tried.app)
+    with pytest.raises(StaleDataError):
+        exchange.read()
+    assert tried.attempts == [1]
+    assert told == ["rolled back"]
+    assert "replayed" not in caplog.text
+
+
 def test_an_error_page_is_replaced_on_an_engine_that_was_told_of_late(postgresql_url: URL) -> None:
     """Whether that is a session's or, as here, anybody's."""
     with closing(World(postgresql_url)) as world:
