@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,18 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import sessionmaker
 
-from sa_wsgi_session import RetryPolicy, SessionMiddleware, _cluster, current_scope, session_scope
+from sa_wsgi_session import (
+    NoActiveScope,
+    RetryPolicy,
+    RollbackOnlyError,
+    SessionMiddleware,
+    _cluster,
+    current_scope,
+    session_scope,
+)
 from tests.replicated import Site, Sites, Visitor, make_sites
 from tests.servers import DatabaseServer, Replicated
-from tests.support import REGISTRIES, make_session, note
+from tests.support import REGISTRIES, Body, Note, make_session, note
 
 #: Of the standbys of ``replicated``.
 FRESH, LATE = 0, 1
@@ -94,7 +103,7 @@ def test_a_request_that_asks_nothing_of_the_database_goes_nowhere(site):
     assert site.units[0].engine_reason is None
 
 
-def test_what_is_done_on_another_replica_past_the_session_is_none_of_ours(site):
+def test_what_is_done_on_another_replica_past_the_session_is_none_of_ours(site, caplog):
     calls: list[None] = []
 
     def view() -> list[bytes]:
@@ -107,6 +116,8 @@ def test_what_is_done_on_another_replica_past_the_session_is_none_of_ours(site):
 
     assert site.visitor(view).request().startswith("replica")
     assert len(calls) == 1
+    # psycopg2 does not tell the SQLSTATE here.
+    assert re.search(r"leaves the rotation \((SQLSTATE 57P01|psycopg2\.OperationalError)\)", caplog.text)
 
 
 @pytest.mark.parametrize("registry", REGISTRIES)
@@ -363,6 +374,41 @@ def test_a_transaction_that_ends_after_its_headers_pins_its_visitor_to_the_prima
         assert visitor.request() == "replica 1 of 1"
 
 
+@pytest.mark.parametrize(
+    ("commit_at", "first_written", "changes_in", "pinned"),
+    [
+        ("start", b"", "view", False),
+        ("start", b"", "body", False),
+        ("end", b"", "view", True),
+        ("end", b"", "body", True),
+        ("end", b"written", "body", True),
+    ],
+)
+def test_who_is_pinned_is_told_so_with_the_headers(fresh_site, commit_at, first_written, changes_in, pinned):
+    site = fresh_site
+
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("200 OK", [])
+        if first_written:
+            write(first_written)
+        if changes_in == "view":
+            add(site)
+        return body()
+
+    def body() -> Iterator[bytes]:
+        if changes_in == "body":
+            add(site)
+        yield b"chunk"
+
+    visitor = Visitor(SessionMiddleware(app, site.Session, replicas=site.replicas, commit_at=commit_at))
+    assert visitor.request(method="POST") == "chunk"
+    cookies = "; ".join(f"{name}={value}" for name, value in visitor.cookies.items())
+    assert site.replicas._router.tokens.seen(cookies, None).pinned is pinned
+    # Whoever was not told, sees it all the same.
+    visitor.app = site.app(site.texts)
+    assert visitor.request() == "new"
+
+
 # -- what a visitor has read ------------------------------------------------------------------------------------------
 
 
@@ -429,9 +475,9 @@ def test_a_visitor_who_has_read_from_the_primary_is_not_sent_back(late_site):
 # -- what is not taken for a token ------------------------------------------------------------------------------------
 
 
-def _token_of(site: Site) -> str:
+def _token_of(site: Site, path: str = "/written") -> str:
     writer = Visitor(_middleware(site))
-    writer.request("/written", "POST")
+    writer.request(path, "POST")
     return writer.cookies["replica_position"]
 
 
@@ -442,16 +488,14 @@ def _served_with(site: Site, cookie: str, app: Any = None) -> str | None:
 
 
 def test_a_token_is_taken_wherever_it_is_among_the_cookies(late_site):
-    token = _token_of(late_site)
-    for cookies in (
-        f"replica_position={token}",
-        f'a=b; replica_position="{token}"; c=d',
-        f"replica_position=forged;replica_position={token}",
+    for number, cookies in enumerate(
+        ("replica_position={}", 'a=b; replica_position="{}"; c=d', "replica_position=forged;replica_position={}")
     ):
-        assert _served_with(late_site, cookies) == "primary"
+        # Each is of a transaction of its own, because the standby will have replayed it soon.
+        assert _served_with(late_site, cookies.format(_token_of(late_site, f"/{number}"))) == "primary"
     reader = Visitor(_middleware(late_site), header="Replica-Position")
-    reader.token = token
-    assert reader.request() == "/written"
+    reader.token = _token_of(late_site)
+    assert "/written" in reader.request()
 
 
 def test_a_forged_or_foreign_token_is_ignored(sites, late_site):
@@ -747,6 +791,108 @@ def test_a_connection_that_the_pool_has_replaced_is_to_a_server_that_was_started
         assert site.units[-1].attempts == 2
 
 
+def test_a_connection_that_the_pool_finds_dead_is_replaced_and_nobody_minds(sites, warnings):
+    with sites.make(FRESH, pings=True) as site:
+        app = site.app(site.where)
+        visitor = next(readers_of_each(site, app))
+        with site.engines[0].connect() as connection:
+            pid = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar()
+        _terminate(site.engines[0], pid)
+        assert visitor.request() == "replica 1 of 1"
+        assert site.units[-1].attempts == 1
+        assert warnings == []
+
+
+def _terminate(engine: sa.Engine, pid: Any) -> None:
+    """Have the server end that connection, by way of another one."""
+    other = sa.create_engine(engine.url)
+    with other.connect() as connection:
+        assert connection.execute(sa.text(f"SELECT pg_terminate_backend({pid}, 60000)")).scalar()
+    other.dispose()
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_lost_commit_on_the_primary_is_an_error(fresh_site, streams):
+    site = fresh_site
+
+    def work() -> list[bytes]:
+        add(site)
+        site.Session.flush()
+        _terminate(site.primary, site.Session.execute(sa.text("SELECT pg_backend_pid()")).scalar())
+        return [b"done"]
+
+    def stream() -> Iterator[bytes]:
+        yield b"first"
+        yield from work()
+
+    visitor = site.visitor(stream if streams else work)
+    with pytest.raises(sa.exc.DBAPIError):
+        visitor.request(method="POST")
+    visitor.app = site.app(site.texts)
+    assert visitor.request() == ""
+
+
+def test_what_can_only_be_rolled_back_is_an_error_on_a_replica_too(fresh_site):
+    site = fresh_site
+
+    def view() -> Any:
+        site.texts()
+
+        def body() -> Iterator[bytes]:
+            yield b"first"
+            site.texts()
+            with suppress(LookupError), session_scope(site.Session):
+                raise LookupError
+
+        return body()
+
+    exchange = site.visitor(view).exchange()
+    with pytest.raises(RollbackOnlyError):
+        exchange.read()
+    exchange.close()
+
+
+def test_rows_that_stream_from_a_replica_are_there_when_the_headers_have_left(sites, fresh_site):
+    site = fresh_site
+    with site.primary.begin() as connection:
+        connection.execute(sa.insert(Note), [{"text": str(number)} for number in range(9)])
+    sites.wait(FRESH)
+
+    def view() -> Any:
+        query = sa.select(Note.text).order_by(Note.id)
+        texts = site.Session.execute(query, execution_options={"stream_results": True}).scalars()
+        return (text.encode() for text in texts)
+
+    assert site.visitor(view).request() == "012345678"
+    assert site.units[-1].engine == "replica 1 of 1"
+
+
+def test_another_session_between_the_chunks_uses_the_primary(fresh_site):
+    site = fresh_site
+
+    def view() -> Any:
+        site.texts()
+        return iter([b"one", b"two"])
+
+    exchange = site.visitor(view).exchange()
+    assert exchange.next() == b"one"
+    with site.Session.session_factory() as session:
+        assert session.execute(sa.text("SELECT inet_server_port()")).scalar() == site.primary.url.port
+    assert exchange.read() == b"two"
+
+
+def test_use_primary_is_too_late_when_the_request_is_over(fresh_site):
+    scopes = []
+
+    def view() -> list[bytes]:
+        scopes.append(current_scope())
+        return [b""]
+
+    fresh_site.visitor(view).request()
+    with pytest.raises(NoActiveScope, match=r"use_primary\(\) of GET / was used after"):
+        scopes[0].use_primary()
+
+
 def test_reads_go_on_without_the_primary(sites, fresh_site, warnings):
     site = fresh_site
     app = site.app(site.where)
@@ -974,6 +1120,19 @@ def test_a_session_of_its_own_within_another_units_part(fresh_site, sqlite_url):
     other.dispose()
 
 
+def test_a_callback_that_was_registered_while_the_body_is_closed_may_write(late_site):
+    site = late_site
+
+    def view() -> Any:
+        site.texts()
+        return Body([b"chunk"], lambda: current_scope().on_commit(lambda: add_by_somebody_else(site)))
+
+    visitor = site.visitor(view)
+    assert visitor.request() == "chunk"
+    visitor.app = site.app(site.texts)
+    assert visitor.request() == "new"
+
+
 def test_a_callback_between_the_chunks_of_a_safe_request_may_write(late_site):
     site = late_site
 
@@ -988,7 +1147,8 @@ def test_a_callback_between_the_chunks_of_a_safe_request_may_write(late_site):
     assert visitor.request() == "new"
 
 
-def test_an_error_on_a_replicas_engine_outside_of_requests_is_its_users(fresh_site):
+@pytest.mark.parametrize("statement", ["SELECT * FROM nowhere", "CREATE TABLE nowhere ()"])
+def test_an_error_on_a_replicas_engine_outside_of_requests_is_its_users(fresh_site, statement):
     fresh_site.app(fresh_site.where)
-    with fresh_site.engines[0].connect() as connection, pytest.raises(sa.exc.ProgrammingError):
-        connection.execute(sa.text("SELECT * FROM nowhere"))
+    with fresh_site.engines[0].connect() as connection, pytest.raises(sa.exc.DBAPIError):
+        connection.execute(sa.text(statement))

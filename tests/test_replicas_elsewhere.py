@@ -19,7 +19,7 @@ from sa_wsgi_session._cluster import Cluster, Replica
 from sa_wsgi_session._transient import Conflict
 from sa_wsgi_session.replicas import ReadReplicas, ReplicaError
 from tests.replicated import SECRET, Site, Visitor
-from tests.support import Base, Exchange, Note, make_environ, make_session, note
+from tests.support import Base, Exchange, Note, make_environ, make_session, note, respond
 
 # -- arguments --------------------------------------------------------------------------------------------------------
 
@@ -120,6 +120,25 @@ def test_outside_of_requests_a_replica_that_is_down_is_the_error_that_it_always_
     SessionMiddleware(app, sessionmaker(engines[0]), replicas=ReadReplicas([down], secret=SECRET))
     with pytest.raises(sa.exc.OperationalError, match="unable to open database file"):
         down.connect()
+
+
+def test_a_replica_that_cannot_be_reached_is_not_noticed(engines, tmp_path):
+    down = sa.create_engine(f"sqlite:///{tmp_path}/no/such/folder")
+    Session: Any = make_session("thread-local", sessionmaker(engines[0]))
+
+    def view() -> list[bytes]:
+        return [str(Session.execute(sa.text("SELECT 7")).scalar()).encode()]
+
+    visitor = Visitor(SessionMiddleware(respond(view), Session, replicas=ReadReplicas([down], secret=SECRET)))
+    assert visitor.request() == "7"
+
+
+def test_where_there_are_no_positions_nobody_waits_for_the_primary(copies, caplog):
+    caplog.set_level("DEBUG", "sa_wsgi_session")
+    visitor = copies.visitor()
+    assert visitor.request() in ("1", "2")
+    assert visitor.request(method="POST") == "0"
+    assert "could not be asked" not in caplog.text
 
 
 def test_what_is_not_given_is_as_the_documentation_says(engines):

@@ -219,6 +219,13 @@ class TestWriter:
         world.now += 0.1
         assert Visit(world, cookies=cookies).whole().route.engine != "primary"
 
+    def test_a_position_from_a_clock_that_is_ahead_pins_nobody(self, world):
+        for _ in range(2):
+            Visit(world).whole()  # so that their positions are known
+        cookies = Visit(world, "POST").whole().cookies
+        world.now -= 3
+        assert Visit(world, cookies=cookies).whole().route.engine != "primary"
+
     @pytest.mark.parametrize(("seconds", "pinned"), [(0, 1), (0.2, 2), (1, 2), (2, 3), (2.5, 4), (4, 5)])
     def test_that_while_is_no_shorter_than_it_was_told(self, seconds, pinned):
         assert World(sticky=seconds).router.sticky == pinned
@@ -280,6 +287,15 @@ class TestElsewhere:
             assert visit.query() == following
         visit.answer().end()
         assert world.one.serving == world.two.serving == set()
+
+    def test_who_has_only_asked_for_another_engine_is_not_told_of_the_one_before(self, world):
+        visit = Visit(world)
+        assert visit.query() == "replica 1 of 2"
+        visit.route.leaves(world.one, Conflict("test"))
+        visit.end()
+        visit.route.attempt(None, visit.trial)
+        assert visit.route.bind(world.primary) is world.two.engine
+        assert visit.answer().end().told == []
 
     def test_who_is_at_home_on_one_that_cannot_be_used(self, world):
         cookies = Visit(world).whole().cookies
