@@ -22,7 +22,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session
 
 from ._binding import here
 from ._cluster import Cluster, Replica, monotonic
@@ -56,12 +55,11 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 class Router:
     """What the routes of one middleware have in common."""
 
-    __slots__ = ("_is_listening", "cluster", "header_key", "primary", "read_only", "sticky", "tokens")
+    __slots__ = ("cluster", "header_key", "primary", "read_only", "sticky", "tokens")
 
     def __init__(
         self, cluster: Cluster, tokens: Tokens, read_only: Callable[[Environ], object] | None, sticky: float
     ) -> None:
-        self._is_listening = False
         self.cluster = cluster
         self.primary = cluster.primary.engine
         self.tokens = tokens
@@ -70,13 +68,8 @@ class Router:
         # A token tells when it was issued in whole seconds: up to one less.
         self.sticky = ceil(sticky) + 1
 
-    def listen(self, session_class: type[Session]) -> None:
-        """Listen to its engines, and have the sessions of that class ask for theirs."""
-        _divert(session_class)
-        with lock:
-            if self._is_listening:
-                return
-            self._is_listening = True
+    def listen(self) -> None:
+        """Listen to its engines; once."""
         _TO_PRIMARY.register(self.primary.dialect)
         for replica in self.cluster.replicas:
             listen_to_replica(replica.engine)
@@ -106,7 +99,7 @@ class Route:
     _decided = _sent = False
     replica: Replica | None = None
     #: What the replica must have replayed, and its incarnation once that is known.
-    _needed = 0
+    _needed: int
     _incarnation: int | None = None
     #: What the visitor is told who has read there.
     _home = ""
@@ -150,7 +143,7 @@ class Route:
                 f"use_primary() of {scope} was called after a statement had been sent to {self.replica.name}: call "
                 f"it before the first one, or let read_only(environ) of ReadReplicas say so"
             )
-        self.may_read, self.reason, self._decided = False, "use_primary()", True
+        self.may_read, self.reason = False, "use_primary()"
 
     def bind(self, bind: Engine | Connection) -> Engine | Connection:
         """The engine that a session gets which would get *bind* otherwise."""
@@ -330,12 +323,9 @@ class Route:
                 secure=self._is_secure,
                 forget_home=self._cookies is not None,
             )
-        replica = self.replica
-        if replica is None:
-            return []
         home = self._home
         if not home:
-            return []  # it was only asked for its engine
+            return []  # nothing was read from a replica
         if self._seen.fresh and self._seen.homes == (home,):
             return []
         return router.tokens.home_headers(home, router.tokens.rounded_now(), self._is_secure)
@@ -466,10 +456,10 @@ def _on_primary(*args: Any) -> None:
 _TO_PRIMARY = Listeners({"do_execute": _on_primary, "do_executemany": _on_primary, "do_execute_no_params": _on_primary})
 
 
-def _divert(session_class: Any) -> None:
+def divert(session_class: Any) -> None:
     """Have the sessions of that class, which a sessionmaker has made for itself, ask for their engine."""
     with lock:
-        if "get_bind" in session_class.__dict__ and hasattr(session_class.get_bind, "_is_diverted"):
+        if hasattr(session_class.get_bind, "_is_diverted"):
             return
         original = session_class.get_bind
 
@@ -492,11 +482,7 @@ def _divert(session_class: Any) -> None:
 
 def _listen_to_replica(replica: Replica, *, positions: bool) -> None:
     engine = replica.engine
-    if IS_EVENT_OF_DIALECT:
-        event.listen(engine.dialect, "handle_error", partial(_on_error, replica))
-    else:
-        event.listen(engine, "handle_error", partial(_on_error, replica))
-        event.listen(engine, "do_connect", partial(_connect, replica))
+    event.listen(engine.dialect if IS_EVENT_OF_DIALECT else engine, "handle_error", partial(_on_error, replica))
     if not positions:
         for name in "do_execute", "do_executemany", "do_execute_no_params":
             event.listen(engine, name, partial(_refuse_change, replica))
@@ -513,15 +499,6 @@ def _refuse_change(replica: Replica, _cursor: object, statement: str, *args: Any
             f"{scope} was about to change something on {replica.name}: call current_scope().use_primary() before the "
             f"first statement, or give ReadReplicas a read_only(environ) that knows it"
         )
-
-
-def _connect(replica: Replica, dialect: Any, _record: object, args: Any, options: Any) -> Any:
-    # Of a connection that cannot be made SQLAlchemy 1.4 tells nobody.
-    try:
-        return dialect.connect(*args, **options)
-    except Exception as error:
-        _cannot_serve(replica, Conflict(type_name(error)))
-        raise
 
 
 def _cannot_serve(replica: Replica, conflict: Conflict) -> None:

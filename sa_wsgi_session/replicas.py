@@ -24,7 +24,7 @@ from sqlalchemy.orm import sessionmaker
 from ._cluster import Cluster
 from ._errors import type_name, why_unusable
 from ._retry import check_number
-from ._routing import ReplicaError, Router
+from ._routing import ReplicaError, Router, divert
 from ._tokens import Tokens
 from ._watching import session_class_of
 
@@ -113,7 +113,7 @@ class ReadReplicas:
             raise ValueError(
                 "replicas is in use with a session that is bound to another primary: make a ReadReplicas for each"
             )
-        router.listen(session_class_of(factory))
+        divert(session_class_of(factory))
         return router
 
     def _make_router(self, primary: Engine) -> Router:
@@ -144,7 +144,9 @@ class ReadReplicas:
             lifetime=int(lifetime),
             clock=self._clock,
         )
-        return Router(cluster, tokens, self._read_only, self._sticky)
+        router = Router(cluster, tokens, self._read_only, self._sticky)
+        router.listen()
+        return router
 
 
 def check_replicas(value: object) -> ReadReplicas:

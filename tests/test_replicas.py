@@ -859,7 +859,7 @@ def test_rows_that_stream_from_a_replica_are_there_when_the_headers_have_left(si
     sites.wait(FRESH)
 
     def view() -> Any:
-        query = sa.select(Note.text).order_by(Note.id)
+        query: Any = sa.select(Note.text).order_by(Note.id)
         texts = site.Session.execute(query, execution_options={"stream_results": True}).scalars()
         return (text.encode() for text in texts)
 
