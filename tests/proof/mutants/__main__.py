@@ -40,7 +40,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
@@ -468,7 +468,9 @@ def main(arguments: Sequence[str]) -> int:
             made = chain.from_iterable(pool.map(mutants_of, paths, chunksize=1))
         mutants = [mutant._replace(path=mutant.path.relative_to(original)) for mutant in made]
         print(f"{len(mutants)} mutants", flush=True)
-        earlier = earlier_results() if again else {}
+        # Of the copies: whatever becomes of the checkout meanwhile is another one.
+        digests = {path.name: digest(path) for path in (original / PACKAGE).glob("*.py")}
+        earlier = earlier_results(digests) if again else {}
         keys = {key_of(mutant) for mutant in mutants}
         results = {key: result for key, result in earlier.items() if key in keys}
         reasons = explained()
@@ -482,33 +484,32 @@ def main(arguments: Sequence[str]) -> int:
                 if left:
                     run(left, results, folder, version, times * SECONDS_OF_A_MUTANT)
         finally:
-            keep(earlier | results)
+            keep(earlier | results, digests)
     return report(results, complete=not modules)
 
 
-def earlier_results() -> Results:
+def earlier_results(digests: Mapping[str, str]) -> Results:
     """What :func:`keep` has kept, of the modules that are the same as they were."""
     path = Path(os.environ["PROOF_REPORT"], EACH_MUTANT)
     if not path.exists():
         sys.exit(f"--again: there is no {path}; run without it first")
-    digests, mutants = json.loads(path.read_text())
+    of_then, mutants = json.loads(path.read_text())
     return {
         (module, where, change): (outcome, test)
         for module, where, change, outcome, test in mutants
-        if digests[module] == digest(module)
+        if of_then[module] == digests.get(module)
     }
 
 
-def keep(results: Results) -> None:
+def keep(results: Results, digests: Mapping[str, str]) -> None:
     if folder := os.environ.get("PROOF_REPORT"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        digests = {module: digest(module) for module, *_ in results}
         each = [[*key, *outcome] for key, outcome in results.items()]
         Path(folder, EACH_MUTANT).write_text(json.dumps([digests, each], indent=1) + "\n")
 
 
-def digest(module: str) -> str:
-    return hashlib.sha256((CHECKOUT / PACKAGE / module).read_bytes()).hexdigest()
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def report(results: Results, *, complete: bool) -> int:
