@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _SKEW = 30
 #: Longer ones are not ours, and not worth the arithmetic.  (A digest of 32 bytes and less than 80 bytes, in base64.)
 _LONGEST = 160
-#: So many tokens of homes are known: each replica has a few.
+#: So many tokens of homes are known at once: each replica has a new one now and then.
 _MOST_HOMES = 512
 #: Of one cookie's name in one request: another subdomain may have set one as well.
 _MOST = 4
@@ -136,10 +136,12 @@ class Tokens:
             if token is None:
                 continue
             age = now - token.issued
-            if token.home and not token.position and len(self._fresh_homes) < _MOST_HOMES:
-                self._fresh_homes[text] = (token.home, token.issued - _SKEW, token.issued + self.lifetime / 2)
             if not -_SKEW <= age <= self.lifetime:
                 continue
+            if token.home and not token.position:
+                if len(self._fresh_homes) >= _MOST_HOMES:
+                    self._fresh_homes.clear()  # most of them are old
+                self._fresh_homes[text] = (token.home, token.issued - _SKEW, token.issued + self.lifetime / 2)
             if token.position > position:
                 position = token.position
             if token.home and token.home not in homes:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import URL
 
 from sa_wsgi_session._tokens import NOTHING_SEEN, Tokens
+from tests.replicated import Site
 
 LIFETIME = 240
 NAME = "seen"
@@ -53,6 +58,7 @@ def position(tokens: Tokens, number: int, pinned: int = 0) -> str:
 
 def test_nothing_is_seen_in_what_is_not_there(tokens):
     assert tokens.seen(None, None) is tokens.seen("other=1", None) is NOTHING_SEEN
+    assert NOTHING_SEEN == (0, (), False, False)
 
 
 def test_a_cookie_says_where_it_is_good(tokens):
@@ -67,6 +73,35 @@ def test_a_cookie_says_where_it_is_good(tokens):
     }
 
 
+def test_a_visitor_who_is_not_at_home_there_any_more_has_that_cookie_forgotten(tokens):
+    headers = tokens.position_headers(1, 0, secure=True, forget_home=True)
+    assert [name for name, _value in headers] == ["Set-Cookie", "X-Seen", "Set-Cookie"]
+    name_and_value, *attributes = headers[2][1].split("; ")
+    assert name_and_value == f"{NAME}_home="
+    assert set(attributes) == {"Path=/", "HttpOnly", "SameSite=Lax", "secure", "Max-Age=0"}
+
+
+@pytest.mark.parametrize("number", [1, 15, 16, 0x123456789ABCDEF, 2**64 - 1])
+def test_a_position_is_read_as_it_was_written_in_the_header_and_in_the_cookie(tokens, number):
+    headers = tokens.position_headers(number, 0, secure=False, forget_home=False)
+    assert tokens.seen(cookie(headers), None) == (number, (), False, False)
+    assert tokens.seen(None, dict(headers)["X-Seen"]) == (number, (), False, False)
+
+
+def test_what_has_more_than_160_characters_is_not_read(tokens):
+    def header(home: str) -> str:
+        return str(dict(tokens.home_headers(home, tokens.rounded_now(), False))["X-Seen"])
+
+    good, longer = header("x" * 78), header("x" * 79)
+    assert (len(good), len(longer)) == (160, 162)
+    for token, homes in (good, ("x" * 78,)), (longer, ()):
+        assert tokens.seen(None, token).homes == homes
+        assert tokens.seen(f"{NAME}_home={token}", None).homes == homes
+    # What is no part of a token is passed over; but that was one character too many.
+    assert tokens.seen(None, f".{header('x' * 75)}").homes == ("x" * 75,)
+    assert tokens.seen(None, f".{good}").homes == ()
+
+
 def test_of_several_positions_the_highest_counts_among_the_first_four(tokens):
     cookies = [position(tokens, number) for number in range(1, 6)]
     assert tokens.seen("; ".join(cookies), None).position == 4
@@ -78,6 +113,20 @@ def test_a_token_is_good_for_its_lifetime_and_a_little_before(tokens, clock, sec
     sent = position(tokens, 7)
     clock.now = int(clock.now) + seconds
     assert tokens.seen(sent, None).position == (7 if is_good else 0)
+
+
+@pytest.mark.parametrize(
+    ("max_lag", "sticky", "seconds"), [(10, 5, 85), (40, 5, 160), (8, 5, 80), (4, 20, 100), (0.5, 0, 61)]
+)
+def test_half_its_lifetime_is_longer_than_any_lag_and_longer_than_a_visitor_is_pinned(
+    max_lag, sticky, seconds, tmp_path: Path
+):
+    """A visitor whose token is too old has seen nothing for so long that any replica has it."""
+    primary, replica = (URL.create("sqlite", database=str(tmp_path / name)) for name in ("primary", "replica"))
+    with closing(Site(primary, [replica], max_lag=max_lag, sticky=sticky)) as site:
+        visitor = site.visitor(lambda: [str(site.Session.execute(sa.text("SELECT 1")).scalar()).encode()])
+        assert visitor.request("/", "POST") == "1"
+    assert f"Max-Age={seconds}" in visitor.set_cookies[0].split("; ")
 
 
 def test_what_is_not_ours_or_not_good_any_more_hides_nothing(tokens, clock):
@@ -151,3 +200,23 @@ def test_it_ends_when_the_visitor_has_to_be_told_again(tokens, clock, seconds, i
     clock.now = issued + seconds
     assert tokens.fresh_home(known) == (HOME if is_fresh else None)
     assert tokens.seen(known, None).fresh is is_fresh
+
+
+def test_however_many_homes_there_were_a_new_one_is_known(tokens, clock):
+    for _ in range(1_100):
+        clock.now += LIFETIME / 16
+        new = home(tokens)
+        tokens.seen(new, None)
+        assert tokens.fresh_home(new) == HOME
+        # Nor are they kept for ever.
+        assert len(tokens._fresh_homes) <= 512
+
+
+def test_a_token_that_is_too_old_is_not_remembered(tokens, clock):
+    old = home(tokens)
+    clock.now += LIFETIME + LIFETIME / 16
+    tokens.seen(old, None)
+    clock.now -= LIFETIME
+    assert tokens.fresh_home(old) is None
+    tokens.seen(old, None)
+    assert tokens.fresh_home(old) == HOME
