@@ -445,7 +445,8 @@ class SharedConnection:
             if self.is_mysql:
                 # An unbuffered one would have to be read to its end before anybody else sends a statement.  (PyMySQL
                 # and mysqlclient take a class for that, others "buffered=False".)
-                args, options = (), dict.fromkeys(options, True)
+                args = tuple(_buffered(value) for value in args)
+                options = {name: name == "buffered" or _buffered(value) for name, value in options.items()}
             cursor = self.driver.cursor(*(args or self._cursor_class), **options)
             if tenant.savepoints:
                 tenant.cursors.append(cursor)
@@ -911,6 +912,16 @@ class SharedConnection:
         )
         self._lost.__cause__ = error
         return self._lost
+
+
+def _buffered(value: Any) -> Any:
+    """Instead of a class of cursors that leave their rows on the server: the one like it that does not.
+
+    (Those of PyMySQL and mysqlclient have names that begin with SS.)
+    """
+    if isinstance(value, type) and any(cls.__name__.startswith("SS") for cls in value.__mro__):
+        return getattr(sys.modules[value.__module__], value.__name__.removeprefix("SS"), None)
+    return value
 
 
 #: Frames that are not the user's.  (SQLAlchemy makes some functions of strings.)

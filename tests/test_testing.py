@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import random
 import sqlite3
@@ -46,9 +47,19 @@ DATABASES = ("sqlite", "postgresql", "mariadb")
 
 @contextmanager
 def told(message: str, *sources: Any, **options: Any) -> Iterator[Any]:
-    """A block of ``isolated()`` that tells something at its end."""
+    """A block of ``isolated()`` that tells something at its end, and what else fails in it fails the test.
+
+    (It tells that instead of what fails in the block, which may have come of it.)
+    """
+    failure: Exception | None = None
     with pytest.raises(IsolationError, match=message) as raised, isolated(*sources, **options):
-        yield raised
+        try:
+            yield raised
+        except Exception as error:
+            failure = error
+            raise
+    if failure is not None and failure is not raised.value:
+        raise failure
 
 
 @pytest.fixture(params=DATABASES)
@@ -332,7 +343,7 @@ def test_a_rollback_around_what_another_one_has_committed_is_told(anywhere):
 
 
 def test_what_is_told_says_so_even_if_the_test_has_failed_of_it(anywhere):
-    with told("keep it", anywhere.Session) as raised:
+    with pytest.raises(IsolationError, match="keep it") as raised, isolated(anywhere.Session):
         with another(anywhere) as outer, another(anywhere) as inner:
             add(outer, "undone")
             add(inner, "an audit")
@@ -425,6 +436,17 @@ def test_a_savepoint_that_was_released_cannot_be_gone_back_to(anywhere):
         second.commit()
         first.commit()
         assert texts(anywhere.Session) == ["1", "2"]
+
+
+def test_a_savepoint_that_was_rolled_back_cannot_be_gone_back_to(anywhere):
+    with isolated(anywhere.Session), another(anywhere) as session:
+        add(session, "undone")
+        session.execute(sa.text("SAVEPOINT outer_one"))
+        session.execute(sa.text("SAVEPOINT inner_one"))
+        session.execute(sa.text("ROLLBACK TO SAVEPOINT outer_one"))
+        refuse(session, "ROLLBACK TO SAVEPOINT inner_one")
+        session.rollback()
+        assert texts(session) == []
 
 
 def test_the_first_rolls_back_while_the_second_is_in_the_midst_of_changes(anywhere):
@@ -553,6 +575,61 @@ def test_what_a_savepoint_amid_another_transaction_was_released_into_is_told(any
         second.rollback()
 
 
+def test_what_is_committed_in_a_savepoint_amid_another_transaction_is_told(anywhere):
+    with told("keep it", anywhere.Session), another(anywhere) as first, another(anywhere) as second:
+        add(first, "1")
+        add(second, "2")
+        first.execute(sa.text("SAVEPOINT s"))
+        add(first, "3")
+        first.commit()
+        second.rollback()
+
+
+def test_a_commit_takes_its_savepoints_along(anywhere):
+    with isolated(anywhere.Session):
+        with another(anywhere) as session:
+            add(session, "1")
+            session.execute(sa.text("SAVEPOINT s"))
+            add(session, "2")
+            session.commit()
+            with isolated(anywhere.engine):  # nothing is open
+                assert texts(anywhere.engine) == ["1", "2"]
+            session.rollback()
+        assert texts(anywhere.Session) == ["1", "2"]
+
+
+def test_a_reader_that_commits_amid_changes_has_nothing_to_be_kept(anywhere):
+    with isolated(anywhere.Session):
+        with another(anywhere) as writer, another(anywhere) as reader:
+            add(writer, "undone")
+            assert texts(reader) == ["undone"]
+            reader.commit()
+            writer.rollback()
+        assert texts(anywhere.Session) == []
+
+
+def test_a_commit_around_others_does_not_make_their_work_kept(anywhere):
+    with isolated(anywhere.Session):
+        with another(anywhere) as first, another(anywhere) as second, another(anywhere) as third:
+            add(first, "1")
+            add(second, "2")
+            add(third, "3")
+            first.commit()
+            third.rollback()
+            second.rollback()
+        assert texts(anywhere.Session) == ["1"]
+
+
+def test_a_commit_below_a_reader_is_sent_at_once(anywhere, sent):
+    with isolated(anywhere.Session), another(anywhere) as writer, another(anywhere) as reader:
+        add(writer, "1")
+        assert texts(reader) == ["1"]
+        assert sent() == ["SAVEPOINT isolated_0", "SAVEPOINT isolated_1", "SAVEPOINT isolated_2"]
+        writer.commit()
+        assert sent() == ["RELEASE SAVEPOINT isolated_1"]
+        assert texts(reader) == ["1"]
+
+
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_what_was_left_behind_is_released_alone(anywhere, end):
     with told("keep it", anywhere.Session):
@@ -644,6 +721,25 @@ def test_what_is_sent(anywhere, sent):
             "RELEASE SAVEPOINT isolated_6",
         ]
     assert sent() == ["ROLLBACK TO SAVEPOINT isolated_0"]
+
+
+@pytest.mark.parametrize("how", ["as a method", "as a statement"])
+def test_the_end_of_a_transaction_sends_no_more_than_that(anywhere, sent, how):
+    expected = {
+        "commit": ["RELEASE SAVEPOINT isolated_1"],
+        "rollback": ["ROLLBACK TO SAVEPOINT isolated_2", "RELEASE SAVEPOINT isolated_2"],
+    }
+    with isolated(anywhere.engine):
+        for end, statements in expected.items():
+            with anywhere.engine.connect() as connection:
+                connection.begin()
+                assert texts(connection) == []
+                sent()
+                if how == "as a method":
+                    getattr(connection.connection, end)()
+                else:
+                    connection.execute(sa.text(end.upper()))
+                assert sent() == statements
 
 
 # -- cursors that are used past SQLAlchemy ----------------------------------------------------------------------------
@@ -1149,6 +1245,45 @@ def test_deferred_constraints_are_checked_by_each_commit(on_postgresql):
     assert not sa.inspect(engine).has_table("child")
 
 
+def test_a_commit_that_is_refused_is_nobody_else_s_failure(on_postgresql):
+    with isolated(on_postgresql.engine):
+        with on_postgresql.engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE parent (id int PRIMARY KEY)"))
+            connection.execute(
+                sa.text("CREATE TABLE child (parent int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+            )
+        with another(on_postgresql) as reader:
+            with on_postgresql.engine.connect() as connection:
+                transaction = connection.begin()
+                connection.execute(sa.text("INSERT INTO child VALUES (1)"))
+                assert texts(reader) == []
+                with pytest.raises(IntegrityError):
+                    transaction.commit()
+            assert texts(reader) == []
+            assert reader.execute(sa.text("SELECT * FROM child")).all() == []
+
+
+def test_a_commit_of_what_has_only_read_is_not_refused(on_postgresql):
+    # (What is broken amid changes of others is found by the next commit of a change.)
+    engine = on_postgresql.engine
+    with isolated(engine), ExitStack() as stack:
+        with engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE parent (id int PRIMARY KEY)"))
+            connection.execute(
+                sa.text("CREATE TABLE child (parent int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+            )
+        first, second, reader = (stack.enter_context(another(on_postgresql)) for _ in range(3))
+        first.execute(sa.text("INSERT INTO child VALUES (1)"))
+        add(second, "2")
+        first.commit()
+        second.rollback()
+        assert reader.execute(sa.text("SELECT * FROM child")).all() == [(1,)]
+        reader.commit()
+        add(reader, "3")
+        with pytest.raises(IntegrityError):
+            reader.commit()
+
+
 def test_deferred_foreign_keys_of_sqlite_are_checked_by_each_commit(sqlite_url):
     engine = sa.create_engine(sqlite_url)
 
@@ -1356,6 +1491,61 @@ def test_a_procedure_that_commits_is_told(on_mariadb):
     assert on_mariadb.durable() == ["kept"]
 
 
+def test_cursors_of_drivers_that_take_options_read_all_rows_at_once(mariadb_url):
+    import pymysql
+
+    class TakesOptions(pymysql.connections.Connection):
+        """As the connections of MySQL Connector/Python do."""
+
+        def cursor(self, cursor: Any = None, *, buffered: bool = True) -> Any:
+            return super().cursor(cursor or (pymysql.cursors.Cursor if buffered else pymysql.cursors.SSCursor))
+
+    place: Any = mariadb_url.translate_connect_args(username="user")
+    engine = sa.create_engine(mariadb_url, creator=lambda: TakesOptions(**place))
+    Base.metadata.create_all(engine)
+    with isolated(engine), engine.begin() as connection:
+        connection.execute(sa.insert(Note), [{"text": text} for text in "abc"])
+        proxy: Any = connection.connection
+        cursor = proxy.cursor(buffered=False)
+        cursor.execute("SELECT text FROM note ORDER BY text")
+        assert cursor.fetchone() == ("a",)
+        assert texts(connection) == ["a", "b", "c"]
+        assert cursor.fetchall() == (("b",), ("c",))
+    engine.dispose()
+
+
+@pytest.mark.parametrize("as_keyword", [True, False])
+@pytest.mark.parametrize(("kind", "row"), [("Cursor", ("a",)), ("DictCursor", {"text": "a"})])
+@pytest.mark.parametrize("unbuffered", ["", "SS"])
+def test_a_cursor_has_the_rows_of_the_class_that_was_asked_for(on_mariadb, as_keyword, kind, row, unbuffered):
+    import pymysql
+
+    cls = getattr(pymysql.cursors, unbuffered + kind)
+    with isolated(on_mariadb.Session), on_mariadb.engine.begin() as connection:
+        connection.execute(sa.insert(Note), [{"text": text} for text in "abc"])
+        proxy: Any = connection.connection
+        cursor = proxy.cursor(cursor=cls) if as_keyword else proxy.cursor(cls)
+        cursor.execute("SELECT text FROM note ORDER BY text")
+        assert cursor.fetchone() == row
+        assert texts(connection) == ["a", "b", "c"]
+        assert len(cursor.fetchall()) == 2
+
+
+def test_an_unbuffered_cursor_of_ones_own_is_one_of_the_driver_that_keeps_its_rows(on_mariadb):
+    import pymysql
+
+    class OfOnesOwn(pymysql.cursors.SSCursor):
+        pass
+
+    with isolated(on_mariadb.Session), on_mariadb.engine.begin() as connection:
+        connection.execute(sa.insert(Note), [{"text": text} for text in "abc"])
+        proxy: Any = connection.connection
+        cursor = proxy.cursor(OfOnesOwn)
+        cursor.execute("SELECT text FROM note ORDER BY text")
+        assert cursor.fetchone() == ("a",)
+        assert texts(connection) == ["a", "b", "c"]
+
+
 def test_a_table_without_transactions_is_told(on_mariadb):
     with on_mariadb.engine.begin() as connection:
         connection.execute(sa.text("CREATE OR REPLACE TABLE old (id int) ENGINE=MyISAM"))
@@ -1451,7 +1641,7 @@ def test_a_connection_whose_transaction_was_ended_is_not_used_again(sqlite_url):
 
 
 def test_what_comes_after_a_loss_names_it(anywhere):
-    with told("let it go on", anywhere.Session):
+    with told("let it go on", anywhere.Session) as first_of_all:
         with another(anywhere) as first, another(anywhere) as second:
             add(first, "1")
             add(second, "2")
@@ -1464,6 +1654,7 @@ def test_what_comes_after_a_loss_names_it(anywhere):
         with pytest.raises(IsolationError, match="of no use any more") as raised:
             anywhere.engine.connect()
         assert "past SQLAlchemy" in str(raised.value.__cause__)
+    assert first_of_all.value.__cause__ is None  # the driver's error is of the second
 
 
 def test_a_connection_that_is_given_up_loses_its_own_transaction_only(anywhere):
@@ -1897,6 +2088,16 @@ def test_what_an_inner_block_tells_is_told_at_its_end(anywhere):
         assert texts(anywhere.Session) == ["3"]
 
 
+def test_what_happens_after_an_inner_block_is_told(anywhere):
+    with told("keep it", anywhere.Session):
+        with isolated(anywhere.Session):
+            add(anywhere.Session, "1")
+        with another(anywhere) as outer, another(anywhere) as inner:
+            add(outer, "undone")
+            add(inner, "an audit")
+            inner.commit()
+
+
 def test_connections_of_an_inner_block_that_are_left_open(anywhere):
     with isolated(anywhere.Session):
         reader = anywhere.engine.connect()
@@ -1985,6 +2186,8 @@ def test_connections_from_before_can_be_used_but_not_committed(anywhere):
     prepared.prepare()
     not_begun = anywhere.engine.connect()
     with told("had begun before isolated", anywhere.Session):
+        not_begun = not_begun.execution_options(isolation_level=other_level)
+        assert not_begun.get_isolation_level() == other_level
         two_phases = not_begun.begin_twophase()
         assert texts(not_begun) == []
         two_phases.rollback()
@@ -2002,6 +2205,20 @@ def test_connections_from_before_can_be_used_but_not_committed(anywhere):
     assert anywhere.durable() == ["prepared before"]
     with anywhere.engine.connect() as connection:
         assert connection.get_isolation_level() != other_level
+
+
+@pytest.mark.parametrize("anywhere", ["postgresql", "mariadb"], indirect=True)
+def test_what_was_prepared_before_can_be_rolled_back_within(anywhere):
+    with closing(Session(anywhere.engine, twophase=True)) as prepared:
+        add(prepared, "before")
+        prepared.prepare()
+        with isolated(anywhere.engine):
+            prepared.rollback()
+    on_postgresql = anywhere.engine.dialect.name == "postgresql"
+    with anywhere.engine.connect() as connection:
+        ask = "SELECT 1 FROM pg_prepared_xacts WHERE database = current_database()" if on_postgresql else "XA RECOVER"
+        assert connection.execute(sa.text(ask)).all() == []
+    assert anywhere.durable() == []
 
 
 def test_a_dialect_that_was_wrapped_before_is_so_after(anywhere):
@@ -2090,6 +2307,48 @@ def test_an_engine_that_is_not_isolated_is_told(sqlite_url, tmp_path):
         other.dispose()
 
 
+def test_of_all_that_is_told_the_first_is_raised(sqlite_url, tmp_path):
+    urls = [sqlite_url, *(sqlite_url.set(database=str(tmp_path / name)) for name in ("second", "third"))]
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(closing(World(url))) for url in urls)
+
+        class Own(Session):
+            pass
+
+        factory = sessionmaker(first.engine, class_=Own)
+        with told("keep it", factory, second.engine):
+            with another(first) as outer, another(first) as inner:
+                add(outer, "undone")
+                add(inner, "an audit")
+                inner.commit()
+            with factory(bind=third.engine) as session, pytest.raises(IsolationError, match="is not isolated"):
+                texts(session)
+
+
+def test_a_session_that_is_made_to_ask_for_its_engine_is_closed(sqlite_url):
+    closed: list[Session] = []
+
+    class Own(Session):
+        def get_bind(self, *args: Any, **options: Any) -> Any:
+            return engine
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    engine = sa.create_engine(sqlite_url)
+    with isolated(sessionmaker(class_=Own)):
+        assert len(closed) == 1
+    engine.dispose()
+
+
+def test_the_error_is_named_as_it_is_imported():
+    from sa_wsgi_session import testing
+
+    for name in testing.__all__:
+        assert getattr(testing, name).__module__ == "sa_wsgi_session.testing"
+
+
 def test_several_binds(database_url, sqlite_url):
     class OtherBase:
         pass
@@ -2158,12 +2417,20 @@ def test_a_function_that_makes_sessions(sqlite_url):
         assert world.durable() == []
 
 
-@pytest.mark.parametrize("wrong", [None, "sqlite://", Session, object()])
-def test_what_is_no_session_is_refused(wrong):
-    with pytest.raises(TypeError, match="session must be a scoped_session"):
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [(None, "None"), ("sqlite://", "an object of type str"), (Session, "an object of type type"), (object(), "")],
+)
+def test_what_is_no_session_is_refused(wrong, shown):
+    with pytest.raises(TypeError, match=f"session must be a scoped_session .*, not {shown}"):
         isolated(wrong)
-    with pytest.raises(TypeError, match="session must be a scoped_session"):
+    with pytest.raises(TypeError, match=f"session must be a scoped_session .*, not {shown}"):
         isolated(sessionmaker(), wrong)
+
+
+def test_sessions_in_autocommit_are_refused_at_once():
+    with pytest.raises(ValueError, match="must not be in autocommit mode"):
+        isolated(sessionmaker(autocommit=True))
 
 
 def test_asynchronous_sessions_are_refused():
@@ -2180,10 +2447,20 @@ def test_a_database_that_is_not_supported_is_refused(sqlite_url):
             pass
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
+@pytest.mark.parametrize("timeout", [-1, 1_000_001, float("nan"), float("inf")])
 def test_a_wrong_timeout(timeout):
     with pytest.raises(ValueError, match="timeout must be a number of seconds, 0 or more, not"):
         isolated(sessionmaker(), timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.5, 1_000_000])
+def test_the_least_and_the_longest_timeout(sqlite_url, timeout):
+    with closing(World(sqlite_url)) as world, isolated(world.engine, timeout=timeout):
+        assert texts(world.engine) == []
+
+
+def test_the_timeout_is_ten_seconds_if_none_is_given():
+    assert inspect.signature(isolated).parameters["timeout"].default == 10
 
 
 @pytest.mark.parametrize("timeout", ["1", True, None])
@@ -2205,6 +2482,19 @@ def test_each_block_is_used_once_at_a_time(sqlite_url):
             add(world.Session, "1")
             world.Session.commit()
         assert world.durable() == []
+
+
+def test_a_block_that_has_told_something_can_be_used_again(sqlite_url):
+    with closing(World(sqlite_url)) as world:
+        block = isolated(world.Session)
+        with pytest.raises(IsolationError, match="keep it"), block, another(world) as outer, another(world) as inner:
+            add(outer, "undone")
+            add(inner, "an audit")
+            inner.commit()
+            inner.close()
+            outer.rollback()
+        with block:
+            assert texts(world.Session) == []
 
 
 def test_if_the_second_engine_fails_the_first_is_given_back(sqlite_url, tmp_path):
@@ -2235,6 +2525,17 @@ def test_everything_is_put_back(anywhere):
     assert anywhere.checked_out == 0
 
 
+def test_a_connection_is_given_back_in_no_transaction(on_postgresql):
+    # Even to a pool that does not see to that.
+    engine = sa.create_engine(on_postgresql.engine.url, poolclass=QueuePool, pool_reset_on_return=None)
+    with isolated(engine), engine.begin() as connection:
+        connection.execute(sa.insert(Note), {"text": "undone"})
+    raw: Any = engine.raw_connection()
+    assert raw.dbapi_connection.info.transaction_status == 0
+    raw.close()
+    engine.dispose()
+
+
 def test_sessions_that_were_left_open_are_closed(anywhere):
     with isolated(anywhere.Session):
         mine = anywhere.Session()
@@ -2247,6 +2548,18 @@ def test_sessions_that_were_left_open_are_closed(anywhere):
     assert not other.in_transaction()
     assert kept not in other
     assert not anywhere.Session.registry.has()
+    assert anywhere.durable() == []
+
+
+def test_what_the_end_itself_rolls_back_is_not_told(anywhere):
+    with isolated(anywhere.Session):
+        outer = anywhere.Session()
+        add(outer, "left open")
+        with another(anywhere) as inner:
+            add(inner, "an audit")
+            inner.commit()
+        assert texts(outer) == ["an audit", "left open"]
+    assert not outer.in_transaction()
     assert anywhere.durable() == []
 
 
@@ -2322,6 +2635,8 @@ def test_connections_that_were_left_open_are_of_no_use(anywhere):
         connection.execute(sa.insert(Note), {"text": "1"})
     with pytest.raises(IsolationError, match="after the block had ended"):
         texts(connection)
+    with pytest.raises(IsolationError, match="after the block had ended"):
+        connection.connection.commit()
     transaction.rollback()
     connection.close()
     assert anywhere.durable() == []
@@ -2405,6 +2720,32 @@ def test_listeners_to_the_pool_are_called(anywhere):
         anywhere.Session.remove()
         calls.clear()
     assert calls == []
+
+
+def test_listeners_to_reset_are_told_the_same_as_without(anywhere):
+    # (SQLAlchemy 1.4 tells them nothing more than which connection it is.)
+    states: list[Any] = []
+
+    def listener(*connection_record_and_state: Any) -> None:
+        states.append(connection_record_and_state[2:])
+
+    def use() -> list[Any]:
+        states.clear()
+        with anywhere.engine.connect() as connection:
+            texts(connection)
+        with anywhere.engine.connect() as connection, connection.begin():
+            texts(connection)
+        anywhere.engine.connect().close()
+        anywhere.engine.raw_connection().close()
+        return states.copy()
+
+    event.listen(anywhere.engine, "reset", listener)
+    without = use()
+    with isolated(anywhere.engine):
+        within = use()
+    event.remove(anywhere.engine, "reset", listener)
+    assert within == without
+    assert len(within) == 4
 
 
 def test_a_lease_is_given_back_once(anywhere):
