@@ -186,7 +186,7 @@ def _effect_of_part(part: str) -> Effect:
     return Effect.READS
 
 
-def listen(binder: Binder, *, trials: bool = False) -> bool:
+def listen(binder: Binder, *, trials: bool) -> bool:
     """Listen to the sessions of *binder*; once for each class of sessions, however often called.
 
     :param trials: whether there will be attempts that may be replayed.

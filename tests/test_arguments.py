@@ -19,6 +19,7 @@ from sa_wsgi_session import (
     session_scope,
     with_session,
 )
+from sa_wsgi_session.replicas import ReadReplicas
 
 SQLALCHEMY_14 = sa.__version__.startswith("1.4.")
 
@@ -268,6 +269,21 @@ def test_what_is_refused_is_refused_at_construction() -> None:
     with pytest.raises(TypeError) as raised:
         SessionMiddleware(app, engine)  # type: ignore[arg-type]
     assert traceback.extract_tb(raised.value.__traceback__)[0].name == "test_what_is_refused_is_refused_at_construction"
+
+
+@pytest.mark.parametrize(
+    ("enough", "short"),
+    [(32 * "x", 31 * "x"), (32 * b"x", 31 * b"x"), (16 * "\xe9", 15 * "\xe9")],
+    ids=["str", "bytes", "two bytes each"],
+)
+def test_a_secret_has_32_characters_or_bytes_or_more(enough: Any, short: Any) -> None:
+    ReadReplicas([engine], secret=enough)
+    refused(ValueError, lambda: ReadReplicas([engine], secret=short), "secret", "32 characters", "or more")
+
+
+def test_a_replica_is_not_the_primary_by_another_name() -> None:
+    replicas = ReadReplicas([engine.execution_options(any_option=1)], secret=32 * "x")
+    refused(ValueError, lambda: SessionMiddleware(app, Maker, replicas=replicas), "engine 1 of replicas", "the primary")
 
 
 # -- session_scope and with_session -----------------------------------------------------------------------------------

@@ -831,6 +831,18 @@ def test_a_savepoint_within_a_flush_hands_on_what_was_registered_in_it(world: Wo
     assert diary.entries == ["whole committed", "audit rolled back", "after committed"]
 
 
+def test_a_listener_that_fails_after_the_commit_drops_nothing(world: World, diary: Diary) -> None:
+    def fail(session: Any) -> None:
+        raise Failure
+
+    event.listen(world.Session, "after_commit", fail)
+    with pytest.raises(Failure), session_scope(world.Session) as session:
+        write(session, "kept")
+        diary.watch()
+    assert diary.entries == ["committed"]
+    assert world.durable() == ["kept"]
+
+
 @in_each_registry
 @in_each_unit
 def test_a_nested_part_that_fails_drops_what_was_registered_in_it(world: World, diary: Diary, unit: Unit) -> None:

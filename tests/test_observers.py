@@ -83,6 +83,13 @@ def test_what_is_slow_is_worth_more(lines: Lines, caplog: pytest.LogCaptureFixtu
     assert (list(lines)[-1].name, list(lines)[-1].levelno) == ("of.ones.own", logging.ERROR)
 
 
+def test_a_second_is_slow_where_nothing_else_is_said(lines: Lines) -> None:
+    observer = log_units()
+    for seconds in 0.999, 1.0:
+        observer(replace(UNIT, seconds=seconds))
+    assert [line.levelno for line in lines] == [logging.INFO, logging.WARNING]
+
+
 @pytest.mark.parametrize(
     ("value", "error"), [(-1, ValueError), (float("nan"), ValueError), ("1", TypeError), (True, TypeError)]
 )
@@ -123,6 +130,15 @@ def test_what_prometheus_reads(registry: CollectorRegistry) -> None:
     assert value("replays_total", kind="job") == 0
     assert value("cut_off_total") == 1
     assert b"/notes" not in generate_latest(registry)
+
+
+@pytest.mark.parametrize("hundred", range(1, 6))
+def test_prometheus_reads_the_class_of_a_status(registry: CollectorRegistry, hundred: int) -> None:
+    observer = PrometheusObserver(registry)
+    for rest in 0, 99:
+        observer(replace(UNIT, status=100 * hundred + rest))
+    labels = {"kind": "request", "method": "GET", "status": f"{hundred}xx", "outcome": "committed"}
+    assert registry.get_sample_value("sa_wsgi_session_units_seconds_count", labels) == 2
 
 
 def test_prometheus_has_a_registry_of_its_own_too() -> None:

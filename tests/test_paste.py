@@ -482,6 +482,12 @@ def test_settings_reach_the_engine_as_what_they_mean(folder):
     assert engine.logging_name == "notes"
 
 
+def test_a_pool_without_a_limit_and_one_that_waits_for_nobody(folder):
+    folder.section(SCOPED, URL_LINE, "sqlalchemy.pool_size = 0", "sqlalchemy.pool_timeout = 0")
+    pool = bind_of(Scoped).pool
+    assert (pool.size(), pool.timeout()) == (0, 0)
+
+
 def test_a_pool_that_is_made_already_is_used(folder):
     folder.database()
     pool = sa.create_engine(f"sqlite:///{folder.path / 'notes.sqlite'}").pool
@@ -497,8 +503,11 @@ def test_a_pool_that_is_made_already_is_used(folder):
 
 
 def test_settings_of_a_dialect_are_read_too(folder):
-    folder.section(SCOPED, "sqlalchemy.url = sqlite://", "sqlalchemy.native_datetime = false")
+    folder.section(
+        SCOPED, "sqlalchemy.url = sqlite://", "sqlalchemy.native_datetime = false", "sqlalchemy.paramstyle = named"
+    )
     assert bind_of(Scoped).dialect.native_datetime is False
+    assert bind_of(Scoped).dialect.paramstyle == "named"
 
 
 def test_the_binds_of_the_code_stay(folder):
@@ -689,8 +698,17 @@ def test_the_key_of_the_replicas(folder, monkeypatch):
 
 
 def test_a_section_whose_replicas_are_refused_leaves_no_trace(folder):
-    refusal(lambda: folder.section(SCOPED, URL_LINE, "replicas = tests.paste_fixtures:replicas"), "cannot have them")
+    def load() -> None:
+        refusal(
+            lambda: folder.section(SCOPED, URL_LINE, "replicas = tests.paste_fixtures:replicas"), "cannot have them"
+        )
+
+    load()
     assert bind_of(Scoped) is None
+    engine = sa.create_engine("sqlite://")
+    Scoped.configure(bind=engine)
+    load()
+    assert bind_of(Scoped) is engine
 
 
 def test_two_databases_have_two_environ_keys(folder):
@@ -868,6 +886,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
             "postgresql//me:s3cret@localhost/notes": "postgresql//***@localhost/notes",
             "postgresql//mes3cret@localhost/notes": "postgresql//***@localhost/notes",
             "me=s3cret@localhost/notes": "***@localhost/notes",
+            "@localhost/notes": "***@localhost/notes",
         }.items()
     },
     "a setting without a URL": (
@@ -1060,6 +1079,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         [SCOPED, URL_LINE, "sqlalchemy.pool_timeout = -5"],
         ["sqlalchemy.pool_timeout = '-5'", "negative", "accepted", "how many seconds"],
     ),
+    "a creator that is no function": (
+        [SCOPED, URL_LINE, "sqlalchemy.creator = tests.paste_fixtures:number"],
+        ["sqlalchemy.creator = ", "type int, which cannot be called", "accepted", "a class or a function"],
+    ),
     "a boolean that is none": (
         [SCOPED, URL_LINE, "sqlalchemy.pool_pre_ping = perhaps"],
         ["sqlalchemy.pool_pre_ping = 'perhaps'", "cannot be read (ValueError", "accepted", "true or false"],
@@ -1135,7 +1158,20 @@ class WaitingPool(NullPool):
     _is_asyncio = True
 
 
+class QuotingDialect(SQLiteDialect_pysqlite):
+    """A driver whose error shows the password, and is hidden by another one when it cleans up."""
+
+    supports_statement_cache = True
+
+    def create_connect_args(self, url: Any) -> Any:
+        try:
+            raise ValueError(f"{url.password} at {url.host}?")
+        finally:
+            url.close()
+
+
 sa.dialects.registry.register("sqlite.waiting", __name__, "WaitingDialect")
+sa.dialects.registry.register("sqlite.quoting", __name__, "QuotingDialect")
 
 
 @pytest.fixture
@@ -1226,6 +1262,15 @@ REFUSED_OBJECTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a URL of SQLAlchemy's": (
         {"sqlalchemy.url": URL.create("fnord", "me", "s3cret", "localhost", query={"passwd": "s3cret"})},
         ["sqlalchemy.url = 'fnord://me:***@localhost?***'", "no dialect 'fnord'", "accepted", "postgresql"],
+    ),
+    "a URL of SQLAlchemy's, of a driver that quotes it": (
+        {"sqlalchemy.url": URL.create("sqlite+quoting", "me", "s3cret", "localhost")},
+        [
+            "sqlalchemy.url = 'sqlite+quoting://me:***@localhost'",
+            "refuses it (AttributeError)",
+            "accepted",
+            "postgresql",
+        ],
     ),
     "a setting": (
         {"sqlalchemy.url": "sqlite://", "sqlalchemy.connect_args": ["s3cret"]},

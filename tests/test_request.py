@@ -1693,7 +1693,12 @@ def partitions(session: Any) -> Any:
     return itertools.chain.from_iterable(result.partitions(2))
 
 
-RESULTS = [orm, orm_in_batches, core, core_on_a_cursor_of_the_server, query, partitions]
+def core_with_options(session: Any) -> Any:
+    # With SQLAlchemy 1.4 that is another Connection.
+    return session.connection().execution_options(any_option=1).execute(sa.select(NOTES).order_by(NOTES.c.text))
+
+
+RESULTS = [orm, orm_in_batches, core, core_on_a_cursor_of_the_server, core_with_options, query, partitions]
 TEXTS = [f"note {number}" for number in range(7)]
 CSV = "\n".join(TEXTS).encode()
 

@@ -2605,7 +2605,7 @@ def test_without_a_policy_nothing_is_listened_to_for_its_sake() -> None:
         dispatch: Any = maker().dispatch
         return (
             len(list(dispatch.after_soft_rollback)),
-            len(list(engine.dispatch.handle_error)) if SQLALCHEMY_14 else 1,
+            len(list(engine.dispatch.handle_error if SQLALCHEMY_14 else engine.dialect.dispatch.handle_error)),
         )
 
     assert listeners() == (0, 0 if SQLALCHEMY_14 else 1)

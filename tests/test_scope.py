@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sqlalchemy.orm import declarative_base, scoped_session, sessionmaker
 
 from sa_wsgi_session import (
     NoActiveScope,
+    RetryPolicy,
     RollbackOnlyError,
     SessionMiddleware,
     SessionScope,
@@ -473,6 +474,45 @@ def test_what_can_only_be_rolled_back_is_told_before_a_response_streams(world: W
         Exchange(SessionMiddleware(app, world.Session), on_start=statuses.append)
     assert statuses == []
     assert world.durable() == []
+
+
+def test_a_connection_with_options_of_its_own_is_still_that_of_the_session(world: World) -> None:
+    """A race that is lost on it is lost by the session, whatever is raised in the end."""
+    attempts = []
+
+    @with_session(world.Session, retry=RetryPolicy(delay=0, is_transient=lambda error: isinstance(error, DBAPIError)))
+    def job(*, session: Any) -> None:
+        attempts.append(current_scope().attempt)
+        write(session, "written")
+        if attempts == [1]:
+            connection = session.connection().execution_options(of_its_own=True)
+            with suppress(DBAPIError):
+                connection.execute(sa.text("SELECT 1 FROM what_is_not_there_this_time"))
+            raise Failure
+
+    job()
+    assert attempts == [1, 2]
+    assert world.durable() == ["written"]
+
+
+def test_however_many_attempts_there_are_a_commit_passes_through_as_much_as_at_the_first(world: World) -> None:
+    @with_session(world.Session, retry=RetryPolicy())
+    def job(*, session: Any) -> Any:
+        write(session, f"{len(world.durable())}")
+        return world.engine.dialect.do_commit
+
+    assert job() is job() is job()
+
+
+def test_what_a_statement_quotes_is_no_change_unless_it_is_too_long_to_be_taken_apart() -> None:
+    from sa_wsgi_session._watching import Effect, effect_of
+
+    def quoting(length: int) -> str:
+        return f"SELECT '{' INTO '.ljust(length - 9, '.')}'"
+
+    assert [len(quoting(length)) for length in (100, 20_000)] == [100, 20_000]
+    assert [effect_of(quoting(length)) for length in (100, 20_000)] == [Effect.READS] * 2
+    assert effect_of(quoting(20_001)) is Effect.CHANGES
 
 
 # -- two databases ----------------------------------------------------------------------------------------------------

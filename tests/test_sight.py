@@ -204,6 +204,24 @@ def test_a_server_that_refuses_the_headers(world: World, seen: Seen) -> None:
     assert (seen.one.status, seen.one.outcome, seen.one.reason) == (200, "committed", f"{__name__}.Failure")
 
 
+def test_a_commit_is_told_before_the_applications_own_listener_can_fail(world: World, seen: Seen) -> None:
+    def fail(session: Any) -> None:
+        raise Failure
+
+    event.listen(world.Session, "after_commit", fail)
+
+    def view() -> list[bytes]:
+        world.Session.add(note("one"))
+        return [b""]
+
+    with pytest.raises(Failure):
+        request(serve(world, view, observer=seen))
+    # It is durable all the same.
+    assert (seen.one.outcome, seen.one.commits, seen.one.rollbacks) == ("committed", 1, 0)
+    assert seen.one.reason == f"{__name__}.Failure"
+    assert world.durable() == ["one"]
+
+
 def test_the_outcome_of_a_commit_that_nobody_knows(world: World, seen: Seen) -> None:
     def view() -> list[bytes]:
         world.Session.add(note("one"))
@@ -681,8 +699,18 @@ def test_the_header(world: World) -> None:
     assert PLAIN == [("Content-Type", "text/plain")]
 
 
-def test_the_header_says_what_the_observer_is_told(world: World, seen: Seen) -> None:
+def test_the_header_says_what_the_observer_is_told(world: World, seen: Seen, clock: Callable[[float], None]) -> None:
     """In milliseconds, as the W3C demands."""
+
+    def slowly(send: Callable[..., None]) -> Any:
+        def slow(*args: Any) -> None:
+            clock(2)
+            send(*args)
+
+        return slow
+
+    dialect: Any = world.engine.dialect
+    dialect.do_execute, dialect.do_commit = slowly(dialect.do_execute), slowly(dialect.do_commit)
 
     def view() -> list[bytes]:
         world.Session.add(note("one"))
@@ -693,7 +721,10 @@ def test_the_header_says_what_the_observer_is_told(world: World, seen: Seen) -> 
     database, statements, commit, attempts = timing_of(exchange)
     assert f"{database:.3f}" == f"{1000 * unit.database_seconds:.3f}"
     assert f"{commit:.3f}" == f"{1000 * unit.commit_seconds:.3f}"
-    assert (statements, attempts) == (unit.statements, unit.attempts)
+    # BEGIN, INSERT and COMMIT.
+    assert 6000 < database < 7000
+    assert 2000 < commit < 3000
+    assert (statements, attempts) == (unit.statements, unit.attempts) == (1, 1)
 
 
 def test_a_header_of_the_applications_own_stays(world: World) -> None:
@@ -967,16 +998,34 @@ def test_what_else_is_no_use_after_the_response(world: World, caplog: pytest.Log
 
 
 @pytest.mark.usefixtures("told")
-def test_code_that_is_made_up_cannot_make_the_places_more_and_more(
-    world: World, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("has_one", [True, False])
+def test_another_session_from_the_same_factory_is_not_that_of_the_registry(
+    world: World, caplog: pytest.LogCaptureFixture, has_one: bool
 ) -> None:
-    monkeypatch.setattr(_sight, "_MOST_PLACES", 2)
+    request(serve(world, lambda: [b""], warn_after=5))
+    if has_one:
+        world.Session()
+    with world.Session.session_factory() as session:
+        session.execute(sa.text("SELECT 1"))
+    assert messages(caplog) == []
+    # Nor does it become one by being looked at.
+    assert world.Session.registry.has() == has_one
+    world.Session.remove()
+
+
+@pytest.mark.usefixtures("told")
+def test_code_that_is_made_up_cannot_make_the_places_more_and_more(
+    world: World, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thousand are enough."""
+    _sight._told.update(f"made before: {number}" for number in range(998))
     for number in range(4):
         names: dict[str, Any] = {"session": world.Session, "text": sa.text, "clock": clock}
         code = "def stream():\n session.execute(text('SELECT 1'))\n yield b''\n clock(9)\n yield b''"
         exec(compile(code, f"made {number}", "exec"), names)
         request(serve(world, names["stream"], warn_after=5))
-    assert len(messages(caplog)) == len(_sight._told) == 2
+    assert len(messages(caplog)) == 2
+    assert len(_sight._told) == 1000
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])

@@ -212,6 +212,25 @@ def test_it(isolated):
     assert "where 3 = len(<3 statements: 3x SELECT … FROM note WHERE note.id = ?>)" in output
 
 
+@pytest.mark.parametrize("guard", ["exactly", "at_most"])
+def test_a_failed_guard_shows_the_test_and_no_code_of_the_package(run, ini, guard):
+    ini("models:Session")
+    test = f"""
+from models import Note, Session, note
+from sa_wsgi_session.testing import count_statements
+
+def test_it(isolated):
+    with count_statements(Session) as statements:
+        for number in range(3):
+            Session.get(Note, number)
+    statements.{guard}(1)
+"""
+    output = run(test_it=test)
+    assert "1 failed" in output
+    assert f">       statements.{guard}(1)\nE       AssertionError: expected" in output
+    assert f"def {guard}" not in output
+
+
 def test_pytest_starts_without_the_package(run):
     test = """
 import sys

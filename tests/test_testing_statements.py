@@ -106,6 +106,22 @@ def test_a_plain_assert_shows_the_statements_in_one_line(notes):
     assert len(shown) < 200
 
 
+@pytest.mark.parametrize(
+    ("times", "shown"),
+    [
+        (0, "<0 statements>"),
+        (1, "<1 statement: SELECT 1>"),
+        (2, "<2 statements: 2x SELECT 1>"),
+        (3, "<3 statements: 3x SELECT 1>"),
+    ],
+)
+def test_the_one_line_says_how_often_each_was_sent(notes, times, shown):
+    with count_statements(notes.engine) as statements, notes.engine.connect() as connection:
+        for _ in range(times):
+            connection.execute(sa.text("SELECT 1"))
+    assert repr(statements) == shown
+
+
 def test_parameters_are_shown_only_where_that_is_asked_for(notes):
     for parameters in False, True:
         with count_statements(notes.engine, parameters=parameters) as statements:
@@ -210,6 +226,13 @@ def test_what_has_no_engine_is_refused(sqlite_url):
         count_statements(sessionmaker())
     for wrong in None, "sqlite://":
         with pytest.raises(TypeError, match="session must be a scoped_session"):
+            count_statements(wrong)
+
+
+def test_asynchronous_sessions_are_refused():
+    asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
+    for wrong in sessionmaker(class_=asyncio.AsyncSession), asyncio.AsyncSession:
+        with pytest.raises(TypeError, match="synchronous"):
             count_statements(wrong)
 
 
