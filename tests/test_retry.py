@@ -6,6 +6,7 @@ lost race matters, there is a rival who gets in between.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import logging
@@ -2542,6 +2543,29 @@ def test_a_policy_may_know_of_more_errors_of_the_database(postgresql_world: Worl
         tried = Tried(postgresql_world, view, make_app, retry=RetryPolicy(delay=0, is_transient=is_transient))
         assert tried.answers().content == b"done"
         assert tried.attempts == [1, 2]
+
+
+def test_a_race_that_is_lost_after_the_unit_around_it_has_ended_is_an_error_like_any_other(sqlite_url: URL) -> None:
+    async def main(world: World) -> None:
+        proceed = asyncio.Event()
+
+        async def job() -> None:
+            with pytest.raises(StaleDataError), session_scope(world.Session, propagation="requires_new"):
+                await proceed.wait()
+                find_it_stale(world)
+
+        with session_scope(world.Session):
+            task = asyncio.create_task(job())
+            await asyncio.sleep(0)
+        proceed.set()
+        await task
+
+    with closing(World(sqlite_url, "contextual")) as world:
+        set_up(world.engine)
+        with_session(world.Session, retry=POLICY)
+        asyncio.run(main(world))
+        assert world.checked_out == 0
+        assert world.durable() == []
 
 
 def test_is_transient_is_asked_about_errors_and_about_those_of_the_request_alone(sqlite_world: World) -> None:
