@@ -133,6 +133,27 @@ def test_a_replica_that_cannot_be_reached_is_not_noticed(engines, tmp_path):
     assert visitor.request() == "7"
 
 
+def test_an_error_page_for_what_a_policy_takes_for_a_lost_race_is_replaced(copies):
+    calls: list[None] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        calls.append(None)
+        try:
+            body = copies.texts()
+            if len(calls) == 1:
+                copies.Session.execute(sa.text("SELECT nothing FROM nowhere"))
+        except sa.exc.OperationalError:
+            start_response("500 Oops", [])
+            return [b"sorry"]
+        start_response("200 OK", [])
+        return body
+
+    policy = RetryPolicy(delay=0, is_transient=lambda error: isinstance(error, sa.exc.OperationalError))
+    visitor = Visitor(SessionMiddleware(app, copies.Session, replicas=copies.replicas, retry=policy))
+    assert visitor.request() in ("1", "2")
+    assert len(calls) == 2
+
+
 def test_where_there_are_no_positions_nobody_waits_for_the_primary(copies, caplog):
     caplog.set_level("DEBUG", "sa_wsgi_session")
     visitor = copies.visitor()

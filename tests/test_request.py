@@ -1857,6 +1857,13 @@ def test_where_a_result_is_open_and_something_was_changed_the_promise_comes_firs
     exchange.close()
 
 
+def change_before_a_savepoint(session: Any) -> None:
+    session.add(Note(text="new"))
+    session.flush()
+    with session.begin_nested():
+        session.execute(sa.select(NOTES)).all()
+
+
 CHANGES = {
     "pending": lambda session: session.add(Note(text="new")),
     "flushed": lambda session: (session.add(Note(text="new")), session.flush()),
@@ -1870,6 +1877,7 @@ CHANGES = {
     "text": lambda session: session.execute(sa.text("/* SELECT */ DELETE FROM note")),
     "driver": lambda session: session.connection().exec_driver_sql("DELETE FROM note"),
     "bulk": lambda session: session.bulk_insert_mappings(Note, [{"text": "new"}, {"text": "newer"}]),
+    "before a savepoint": change_before_a_savepoint,
 }
 
 
