@@ -202,6 +202,13 @@ def test_it_ends_when_the_visitor_has_to_be_told_again(tokens, clock, seconds, i
     assert tokens.seen(known, None).fresh is is_fresh
 
 
+def test_several_homes_are_known_at_once(tokens):
+    first, second = home(tokens), cookie(tokens.home_headers("replica-2-0", tokens.rounded_now(), False))
+    for each in first, second:
+        tokens.seen(each, None)
+    assert (tokens.fresh_home(first), tokens.fresh_home(second)) == (HOME, "replica-2-0")
+
+
 def test_however_many_homes_there_were_a_new_one_is_known(tokens, clock):
     for _ in range(1_100):
         clock.now += LIFETIME / 16

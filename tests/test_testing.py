@@ -1531,6 +1531,18 @@ def test_a_cursor_has_the_rows_of_the_class_that_was_asked_for(on_mariadb, as_ke
         assert len(cursor.fetchall()) == 2
 
 
+def test_a_cursor_of_ones_own_is_used_as_it_is(on_mariadb):
+    import pymysql
+
+    class OfOnesOwn(pymysql.cursors.DictCursor):
+        pass
+
+    with isolated(on_mariadb.Session), on_mariadb.engine.begin() as connection:
+        proxy: Any = connection.connection
+        assert type(proxy.cursor(OfOnesOwn)) is OfOnesOwn
+        assert type(proxy.cursor(None)) is pymysql.cursors.Cursor
+
+
 def test_an_unbuffered_cursor_of_ones_own_is_one_of_the_driver_that_keeps_its_rows(on_mariadb):
     import pymysql
 
