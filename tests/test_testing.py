@@ -2235,6 +2235,8 @@ def test_what_was_prepared_before_can_be_rolled_back_within(anywhere):
 
 def test_a_dialect_that_was_wrapped_before_is_so_after(anywhere):
     dialect: Any = anywhere.engine.dialect
+    with isolated(anywhere.Session):
+        add(anywhere.Session, "1")  # a dialect remembers a few things when they are first asked
     kept = {"do_execute": dialect.do_execute, "do_commit": dialect.do_commit}
     for name, original in kept.items():
         setattr(dialect, name, original)
@@ -2527,7 +2529,8 @@ def test_everything_is_put_back(anywhere):
         return anywhere.engine.pool, {name: id(value) for name, value in vars(anywhere.engine.dialect).items()}
 
     with isolated(anywhere.Session):
-        pass
+        add(anywhere.Session, "1")  # a dialect remembers a few things when they are first asked
+        anywhere.Session.commit()
     pool, attributes = state()
     with isolated(anywhere.Session):
         add(anywhere.Session, "1")

@@ -110,6 +110,8 @@ class Tests:
         self._lines: Counter[str] = Counter()
         self._noticed: dict[tuple[Path, str], list[str]] = defaultdict(list)
         self._items: dict[str, pytest.Item] = {}
+        #: The names of tests that pass where nothing is broken, whatever ran before.
+        self._reliable: set[str] = set()
         self._functions: list[FunctionType] = []
         self._servers: dict[str, DatabaseServer] = {}
         self._failed = ""
@@ -169,14 +171,9 @@ class Tests:
         with self._databases():
             gc.freeze()
             for mutant in self._mutants:
-                original = mutant.path.read_text()
-                tests = self._in_order(mutant)
-                # For the processes that tests start.
-                mutant.path.write_text(mutant.code)
-                try:
-                    outcome, test = self._notice(mutant, changed_functions(original, mutant), tests)
-                finally:
-                    mutant.path.write_text(original)
+                outcome, test = self._try(mutant)
+                while test and self._fails_alone(test):
+                    outcome, test = self._try(mutant)
                 if test:
                     self._noticed[place_of(mutant)].append(test)
                 self._tell(mutant, outcome, test)
@@ -194,6 +191,30 @@ class Tests:
                 self._servers[name] = server
             databases.describe(self._servers, self._copy.with_name("databases"))
             yield
+
+    def _try(self, mutant: Mutant) -> tuple[str, str]:
+        original = mutant.path.read_text()
+        tests = self._in_order(mutant)
+        # For the processes that tests start.
+        mutant.path.write_text(mutant.code)
+        try:
+            return self._notice(mutant, changed_functions(original, mutant), tests)
+        finally:
+            mutant.path.write_text(original)
+
+    def _fails_alone(self, test: str) -> bool:
+        """Whether *test* fails where nothing is broken, if nothing runs before it; then it is of no use here."""
+        name = test.partition("[")[0]
+        if name in self._reliable:
+            return False
+        items = [item for item in self._items.values() if item.nodeid.partition("[")[0] == name]
+        if self._in_process(lambda: self._run_changed({}, items), 600) == "":
+            self._reliable.add(name)
+            return False
+        print(f"{name} fails where nothing is broken, if nothing runs before it", file=sys.__stdout__, flush=True)
+        for item in items:
+            self._seconds.pop(item.nodeid, None)
+        return True
 
     def _notice(self, mutant: Mutant, changes: dict[CodeType, CodeType], tests: list[str]) -> tuple[str, str]:
         limit = 120 + 5 * sum(self._seconds[test] for test in tests)
@@ -267,7 +288,7 @@ class Tests:
         return self._copy.with_name("pytest.log")
 
     def _in_order(self, mutant: Mutant) -> list[str]:
-        tests = self._that_run(mutant) & self._seconds.keys() or self._seconds.keys()
+        tests = self._that_run(mutant) & self._seconds.keys() or set(self._seconds)
         known = [test for test in reversed(self._noticed[place_of(mutant)]) if test in tests]
         fast_first = sorted(tests, key=self._seconds.__getitem__)
         narrow_first = sorted(fast_first, key=self._lines.__getitem__)
