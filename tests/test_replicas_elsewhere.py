@@ -154,6 +154,19 @@ def test_an_error_page_for_what_a_policy_takes_for_a_lost_race_is_replaced(copie
     assert len(calls) == 2
 
 
+def test_what_goes_on_elsewhere_goes_on_at_once(copies, monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def view() -> list[bytes]:
+        copies.Session.add(note("new"))
+        return []
+
+    copies.visitor(view).request("/moved")
+    assert copies.units[-1].attempts == 2
+    assert pauses == [0]
+
+
 def test_where_there_are_no_positions_nobody_waits_for_the_primary(copies, caplog):
     caplog.set_level("DEBUG", "sa_wsgi_session")
     visitor = copies.visitor()
