@@ -13,6 +13,7 @@ Everything happens in copies of the checkout.  First the tests run there, each i
 long each takes, and which lines it runs.  Then, for each mutant, the tests that run the changed line are run until one
 fails: first those that have noticed a neighbour, then in turn one that runs what few others run of the same function,
 one that runs little else, and one that is fast.  A test that takes more than ``SECONDS_OF_A_TEST`` has noticed, too.
+One that fails where nothing is broken, if nothing runs before it, is not believed.
 
 What survives, and is not explained in ``survivors.rst``, is tried with SQLAlchemy 1.4 as well, if
 ``$MUTANTS_SQLALCHEMY_14`` names a folder that has it; and then once more with ten times as many seconds.
