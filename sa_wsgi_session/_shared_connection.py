@@ -41,7 +41,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -302,7 +301,8 @@ class SharedConnection:
         self._pool = engine.pool
         self._original: Any = engine.raw_connection()
         self.driver: Any = self._original.dbapi_connection
-        self.info: dict[Any, Any] = self._original.info
+        #: The pool's record of it.
+        self.record: Any = self._original._connection_record
         try:
             self._begin()
         except BaseException:
@@ -320,7 +320,6 @@ class SharedConnection:
         self._began = True
         #: Whether what is sent without a BEGIN is durable at once.
         self.autocommits: bool
-        self._restore: Callable[[], object] = lambda: None
         self._cursor_class: tuple[type, ...] = ()
         if name == "sqlite":
             # Python 3.12's attribute: True, False, or "legacy", as it always was.
@@ -332,9 +331,6 @@ class SharedConnection:
                     "the connection of the pool is in a transaction already, which somebody has begun before "
                     "isolated(): end that one first"
                 )
-            # Else the driver would begin a transaction whenever it thinks fit.
-            self._restore = partial(setattr, driver, "isolation_level", driver.isolation_level)
-            driver.isolation_level = None
             self._cursor_class = (_BufferedCursor,) if isinstance(driver, sqlite3.Connection) else ()
             self._violations = self._broken_references()
         elif name == "postgresql":
@@ -377,7 +373,6 @@ class SharedConnection:
                 self._send("ROLLBACK")
                 if self.is_mysql and not self._has_temporary_tables:
                     self._look_for_remains()
-            self._restore()
 
     def _look_for_remains(self) -> None:
         with closing(self.driver.cursor()) as cursor:

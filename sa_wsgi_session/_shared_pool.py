@@ -6,7 +6,6 @@ SQLAlchemy lets pools be written, but not the proxies that they hand out; these 
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,17 +23,20 @@ if TYPE_CHECKING:
 class Record:
     """What takes the place of a pool's record of a connection, for the events of the pool and for the dialect."""
 
-    fairy_ref = None
-
-    def __init__(self, shared: SharedConnection) -> None:
-        self.dbapi_connection: Any = shared.driver
-        self.driver_connection: Any = shared.driver
-        self.info: dict[Any, Any] = shared.info
+    def __init__(self, lease: Lease, original: Any) -> None:
+        self.fairy_ref = weakref.ref(lease)
+        self._original = original
         self.record_info: dict[Any, Any] = {}
         #: How SQLAlchemy has a connection's isolation level reset: not called, there is nothing to reset.
         self.finalize_callback: deque[Callable[[Any], None]] = deque()
-        self.starttime = self.last_connect_time = time.time()
-        self.in_use = True
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        lease = self.fairy_ref()
+        if lease is not None:
+            lease.invalidate(e, soft)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
 
 
 class Lease:
@@ -45,7 +47,7 @@ class Lease:
     def __init__(self, shared_pool: SharedPool, tenant: Tenant) -> None:
         self._pool = shared_pool
         self._tenant = tenant
-        self._connection_record: Record | None = Record(shared_pool.shared)
+        self._connection_record: Record | None = Record(self, shared_pool.shared.record)
         self.dbapi_connection: Any = shared_pool.shared.driver
 
     # As the driver's connection
@@ -82,7 +84,8 @@ class Lease:
 
     @property
     def info(self) -> dict[Any, Any]:
-        return self._pool.shared.info
+        info: dict[Any, Any] = self._pool.shared.record.info
+        return info
 
     @property
     def record_info(self) -> dict[Any, Any] | None:

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
+from traceback import walk_stack
 from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
+from pymysql.constants import SERVER_STATUS
 from sqlalchemy import event
 from sqlalchemy.exc import (
     ArgumentError,
@@ -676,6 +678,60 @@ def test_a_rollback_on_a_connection_that_goes_on(anywhere):
         assert texts(anywhere.engine) == ["kept"]
 
 
+def test_a_connection_goes_on_after_its_transaction_was_gone(anywhere):
+    with told("let it go on", anywhere.engine):
+        with another(anywhere) as first, anywhere.engine.connect() as connection:
+            add(first, "1")
+            transaction = connection.begin()
+            connection.execute(sa.insert(Note), {"text": "2"})
+            first.rollback()
+            with pytest.raises(IsolationError, match="this transaction is gone"):
+                texts(connection)
+            transaction.rollback()
+            with connection.begin():
+                connection.execute(sa.insert(Note), {"text": "3"})
+        assert texts(anywhere.engine) == ["3"]
+
+
+def test_another_transaction_between_a_cursor_and_its_statement(anywhere):
+    with isolated(anywhere.Session), another(anywhere) as other:
+
+        def add_one(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+            if statement.startswith("RELEASE"):
+                add(other, "1")
+
+        nested = anywhere.Session.begin_nested()
+        assert texts(anywhere.Session) == []
+        event.listen(anywhere.engine, "before_cursor_execute", add_one)
+        nested.commit()
+        event.remove(anywhere.engine, "before_cursor_execute", add_one)
+        add(anywhere.Session, "2")
+        anywhere.Session.commit()
+        other.commit()
+        assert texts(anywhere.Session) == ["1", "2"]
+
+
+def test_a_session_that_is_closed_in_the_midst_of_a_commit(anywhere, sent):
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "RELEASE" in record.getMessage():
+                other.close()
+
+    with told("production would keep it", anywhere.Session), another(anywhere) as other:
+        add(other, "undone")
+        add(anywhere.Session, "undone, too")
+        handler = Handler()
+        logging.getLogger("sa_wsgi_session").addHandler(handler)
+        anywhere.Session.commit()
+        logging.getLogger("sa_wsgi_session").removeHandler(handler)
+        assert sent()[-3:] == [
+            "RELEASE SAVEPOINT isolated_2",
+            "ROLLBACK TO SAVEPOINT isolated_1",
+            "RELEASE SAVEPOINT isolated_1",
+        ]
+        assert texts(anywhere.Session) == []
+
+
 def test_what_is_sent(anywhere, sent):
     with isolated(anywhere.Session):
         assert texts(anywhere.Session) == texts(anywhere.Session) == []
@@ -934,6 +990,34 @@ def test_an_aborted_transaction_is_refused_as_ever(on_postgresql):
         assert texts(world.Session) == []
 
 
+def test_a_connection_goes_on_after_an_aborted_transaction(on_postgresql):
+    world = on_postgresql
+    with isolated(world.Session), world.engine.connect() as connection:
+        transaction = connection.begin()
+        refuse(connection)
+        assert texts(world.Session) == []
+        with pytest.raises(IsolationError, match="current transaction is aborted"):
+            texts(connection)
+        transaction.rollback()
+        assert texts(connection) == []
+
+
+def test_a_statement_fails_before_which_another_transaction_has_read(on_postgresql):
+    world = on_postgresql
+    with isolated(world.Session), another(world) as other:
+
+        def read(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+            if "1/0" in statement:
+                texts(other)
+
+        event.listen(world.engine, "before_cursor_execute", read)
+        refuse(world.Session)
+        event.remove(world.engine, "before_cursor_execute", read)
+        assert texts(other) == []
+        with pytest.raises(IsolationError, match="current transaction is aborted"):
+            texts(world.Session)
+
+
 def test_a_reader_fails_above_changes_of_another_one(on_postgresql):
     world = on_postgresql
     with isolated(world.Session):
@@ -1052,8 +1136,10 @@ def test_open_results_outlive_what_others_do(request, worlds, database, options)
             assert texts(world.Session) == [*names, "another one's"]
 
 
-def test_isolation_levels_are_taken_but_change_nothing(anywhere):
-    with isolated(anywhere.Session):
+def test_isolation_levels_are_taken_but_change_nothing(anywhere, monkeypatch):
+    reset: list[Any] = []
+    with monkeypatch.context() as patch, isolated(anywhere.Session):
+        patch.setattr(anywhere.engine.dialect, "reset_isolation_level", reset.append)
         engine = anywhere.engine.execution_options(isolation_level="SERIALIZABLE")
         with engine.begin() as connection:
             connection.execute(sa.insert(Note), {"text": "serializable"})
@@ -1067,6 +1153,7 @@ def test_isolation_levels_are_taken_but_change_nothing(anywhere):
             anywhere.engine.connect().execution_options(isolation_level="NONE SUCH")
         assert texts(anywhere.Session) == ["a session's", "serializable"]
     assert anywhere.durable() == []
+    assert reset == []
     with anywhere.engine.connect() as connection:
         level = connection.get_isolation_level()
     with anywhere.engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
@@ -1094,6 +1181,16 @@ def test_in_autocommit_each_statement_is_kept(database_url):
             with plain.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.execute(sa.insert(Note), {"text": "kept, too"})
             assert texts(reader) == ["kept", "kept, too"]
+            with engine.connect() as connection:
+                # Until it begins a transaction itself.
+                connection.execute(sa.text("BEGIN"))
+                connection.execute(sa.insert(Note), {"text": "undone"})
+                connection.connection.rollback()
+                connection.execute(sa.text("BEGIN"))
+                connection.connection.commit()
+                connection.execute(sa.insert(Note), {"text": "kept as well"})
+                connection.connection.rollback()
+            assert texts(reader) == ["kept", "kept as well", "kept, too"]
         assert texts(plain) == []
     finally:
         plain.dispose()
@@ -1579,6 +1676,16 @@ def test_what_would_end_the_one_transaction_is_refused(anywhere, statement):
     assert anywhere.durable() == []
 
 
+def test_the_longest_statement_that_is_taken_for_a_commit(anywhere):
+    with isolated(anywhere.Session):
+        add(anywhere.Session, "kept")
+        anywhere.Session.execute(sa.text("COMMIT".ljust(1000)))
+        anywhere.Session.rollback()
+        assert texts(anywhere.Session) == ["kept"]
+    with told("would end the transaction", anywhere.Session):
+        anywhere.Session.execute(sa.text("COMMIT".ljust(1001)))
+
+
 # -- connections that are lost, or given up ---------------------------------------------------------------------------
 
 
@@ -1994,6 +2101,53 @@ def test_the_end_does_not_wait_for_ever(anywhere):
     go_on.set()
     worker.join()
     assert anywhere.durable() == []
+
+
+def wait_for_its_turn(worker: Worker) -> None:
+    """Wait until that thread waits for its turn."""
+    number: Any = worker.ident
+    while "wait_for" not in [frame.f_code.co_name for frame, _ in walk_stack(sys._current_frames()[number])]:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("anywhere", ["sqlite", "postgresql"], indirect=True)
+def test_a_thread_that_waits_when_the_connection_is_lost(anywhere):
+    with told("past SQLAlchemy", anywhere.engine, timeout=20), anywhere.engine.connect() as connection:
+        transaction = connection.begin()
+        connection.execute(sa.insert(Note), {"text": "1"})
+        worker = Worker(lambda: texts(anywhere.engine))
+        wait_for_its_turn(worker)
+        connection.connection.dbapi_connection.rollback()
+        with pytest.raises(IsolationError, match="past SQLAlchemy"):
+            texts(connection)
+        worker.join()  # although this transaction has not ended
+        assert "of no use any more" in str(worker.error)
+        transaction.rollback()
+
+
+def test_a_thread_that_waits_when_the_block_ends(anywhere):
+    with isolated(anywhere.engine, timeout=20):
+        connection = anywhere.engine.connect()
+        transaction = connection.begin()
+        connection.execute(sa.insert(Note), {"text": "1"})
+        worker = Worker(lambda: texts(anywhere.engine))
+        wait_for_its_turn(worker)
+    worker.join()
+    assert "after the block had ended" in str(worker.error)
+    transaction.rollback()
+    connection.close()
+
+
+def test_what_may_still_be_sent_past_sqlalchemy_holds_nobody_up(anywhere, monkeypatch):
+    monkeypatch.setattr(_shared_connection, "_PATIENCE", 60)
+    with isolated(anywhere.engine, timeout=60):
+        with session_scope(anywhere.Session), anywhere.engine.connect() as connection:
+            with connection.begin():
+                raw_cursor(connection).execute("INSERT INTO note (text) VALUES ('1')")
+            worker = Worker(lambda: texts(anywhere.engine))
+            worker.join(15)
+            assert not worker.is_alive()
+        assert worker.error is None
 
 
 def test_a_server_in_another_thread(anywhere, waitress_server):
@@ -2540,13 +2694,20 @@ def test_everything_is_put_back(anywhere):
     assert anywhere.checked_out == 0
 
 
-def test_a_connection_is_given_back_in_no_transaction(on_postgresql):
+@pytest.mark.parametrize("anywhere", [*DATABASES, "postgresql+psycopg2"], indirect=True)
+def test_a_connection_is_given_back_in_no_transaction(anywhere):
     # Even to a pool that does not see to that.
-    engine = sa.create_engine(on_postgresql.engine.url, poolclass=QueuePool, pool_reset_on_return=None)
+    engine = sa.create_engine(anywhere.engine.url, poolclass=QueuePool, pool_reset_on_return=None)
     with isolated(engine), engine.begin() as connection:
         connection.execute(sa.insert(Note), {"text": "undone"})
     raw: Any = engine.raw_connection()
-    assert raw.dbapi_connection.info.transaction_status == 0
+    driver = raw.dbapi_connection
+    if engine.dialect.name == "sqlite":
+        assert not driver.in_transaction
+    elif engine.dialect.name == "postgresql":
+        assert driver.info.transaction_status == 0
+    else:
+        assert not driver.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS
     raw.close()
     engine.dispose()
 
@@ -2763,6 +2924,49 @@ def test_listeners_to_reset_are_told_the_same_as_without(anywhere):
     assert len(within) == 4
 
 
+def test_records_of_connections_are_there_for_listeners(anywhere):
+    found: list[Any] = []
+
+    def number(driver: Any, record: Any) -> None:
+        record.info["number"] = 7
+
+    def look(driver: Any, record: Any, proxy: Any) -> None:
+        found.append((record.info["number"], proxy.info["number"], record.in_use, record.starttime))
+        assert record.dbapi_connection is record.driver_connection is proxy.dbapi_connection
+        assert record.record_info is proxy.record_info
+        record.record_info["mine"] = len(found)
+
+    engine = sa.create_engine(anywhere.engine.url, poolclass=QueuePool)
+    event.listen(engine, "connect", number)
+    event.listen(engine, "checkout", look)
+    engine.connect().close()
+    with isolated(engine), engine.connect() as first, engine.connect() as second:
+        assert [each.connection.record_info for each in (first, second)] == [{"mine": 3}, {"mine": 4}]
+        assert first.connection.info is second.connection.info
+    assert found == [found[0]] * 4
+    engine.dispose()
+
+
+def test_a_record_that_is_invalidated_gives_its_own_transaction_up(anywhere):
+    invalidated: list[Any] = []
+    event.listen(anywhere.engine, "invalidate", lambda driver, record, error: invalidated.append((record, error)))
+    with isolated(anywhere.Session):
+        add(anywhere.Session, "kept")
+        with anywhere.engine.connect() as connection:
+            record: Any = connection.connection._connection_record
+            record.invalidate(soft=True)
+            assert texts(connection) == ["kept"]
+            error = ZeroDivisionError()
+            record.invalidate(error)
+            assert invalidated == [(record, error)]
+            assert anywhere.engine.pool.checkedout() == 1
+        record.invalidate()
+        assert len(invalidated) == 1
+        anywhere.Session.commit()
+        assert texts(anywhere.Session) == ["kept"]
+    anywhere.engine.dispose()
+
+
 def test_a_lease_is_given_back_once(anywhere):
     calls: list[str] = []
     for name in "checkin", "reset", "invalidate":
@@ -2833,6 +3037,10 @@ def test_the_pool_in_the_meantime(sqlite_url):
         assert connection.connection.driver_connection is connection.connection.dbapi_connection
         assert connection.connection.connection is connection.connection.dbapi_connection
         assert connection.connection.in_transaction
+        record: Any = connection.connection._connection_record
+        assert record.dbapi_connection is record.driver_connection is connection.connection.dbapi_connection
+        assert record.in_use
+        assert 0 < record.starttime <= time.time()
         assert (pool.checkedout(), pool.size()) == (1, 3)
         assert engine.pool.status() == "SharedPool of isolated(): 1 tenants of one connection"
         proxy = connection.connection
