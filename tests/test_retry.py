@@ -1491,6 +1491,32 @@ def test_what_is_committed_before_the_engine_is_known_counts_as_well(
         assert world.durable() == ["durable"]
 
 
+def test_what_a_session_of_another_engine_commits_counts_as_well(
+    postgresql_world: World, new_engine: Callable[..., Engine]
+) -> None:
+    """Nobody knows of that engine before the session begins a transaction there; from then on it is known."""
+    world, engine = postgresql_world, new_engine(Base)
+
+    def work(*texts: str) -> Callable[[], list[bytes]]:
+        def do(world: World) -> None:
+            with world.Session.session_factory(bind=engine) as session:
+                session.add_all([Note(text=text) for text in texts])
+                session.commit()
+            lose(world)
+
+        return first(world, do)
+
+    tried = Tried(world, work("durable"))
+    tried.raises(DBAPIError)
+    assert tried.attempts == [1]
+    tried = Tried(world, work())
+    assert tried.answers().content == b"done"
+    assert tried.attempts == [1, 2]
+    tried = Tried(world, work("durable, too"))
+    tried.raises(DBAPIError)
+    assert tried.attempts == [1]
+
+
 @pytest.fixture
 def two_worlds(request: pytest.FixtureRequest, worlds: Worlds) -> Iterator[list[World]]:
     with ExitStack() as stack:
