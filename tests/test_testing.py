@@ -1182,14 +1182,16 @@ def test_in_autocommit_each_statement_is_kept(database_url):
                 connection.execute(sa.insert(Note), {"text": "kept, too"})
             assert texts(reader) == ["kept", "kept, too"]
             with engine.connect() as connection:
-                # Until it begins a transaction itself.
+                # Unless it begins a transaction itself, and until that ends.
+                transaction = connection.begin()
                 connection.execute(sa.text("BEGIN"))
                 connection.execute(sa.insert(Note), {"text": "undone"})
-                connection.connection.rollback()
+                transaction.rollback()
+                transaction = connection.begin()
                 connection.execute(sa.text("BEGIN"))
                 connection.connection.commit()
                 connection.execute(sa.insert(Note), {"text": "kept as well"})
-                connection.connection.rollback()
+                transaction.rollback()
             assert texts(reader) == ["kept", "kept as well", "kept, too"]
         assert texts(plain) == []
     finally:
