@@ -1413,7 +1413,39 @@ def test_deferred_foreign_keys_of_sqlite_are_checked_by_each_commit(sqlite_url):
     engine.dispose()
 
 
+def test_foreign_keys_that_sqlite_does_not_enforce_are_not_checked(sqlite_url):
+    engine = sa.create_engine(sqlite_url)
+    with isolated(engine), engine.connect() as connection:
+        for statement in (
+            "CREATE TABLE parent (id int PRIMARY KEY)",
+            "CREATE TABLE child (parent int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)",
+            "INSERT INTO child VALUES (1)",
+        ):
+            with connection.begin():
+                connection.execute(sa.text(statement))
+        assert connection.execute(sa.text("SELECT * FROM child")).all() == [(1,)]
+    engine.dispose()
+
+
 # -- SQLite -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trigger_of_sqlite_ends_nothing(sqlite_url):
+    refusal = (DBAPIError, sqlite3.Warning)  # of Python 3.10
+    with closing(World(sqlite_url)) as world, isolated(world.Session):
+        with world.engine.begin() as connection:
+            connection.execute(
+                sa.text(
+                    "CREATE TRIGGER shout AFTER INSERT ON note BEGIN "
+                    "UPDATE note SET text = upper(text) WHERE id = new.id; END"
+                )
+            )
+        add(world.Session, "1 a")
+        world.Session.commit()
+        assert texts(world.Session) == ["1 A"]
+        with world.engine.connect() as connection, pytest.raises(refusal, match="one statement at a time"):
+            connection.execute(sa.text("INSERT INTO note (text) VALUES ('2'); COMMIT"))
+        assert texts(world.Session) == ["1 A"]
 
 
 def _plain(url: Any, **options: Any) -> Any:
