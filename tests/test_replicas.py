@@ -1147,6 +1147,19 @@ def test_a_callback_between_the_chunks_of_a_safe_request_may_write(late_site):
     assert visitor.request() == "new"
 
 
+def test_a_callback_that_is_not_called_has_written_nothing(fresh_site):
+    site = fresh_site
+
+    def view() -> list[bytes]:
+        current_scope().on_rollback(lambda: add_by_somebody_else(site))
+        return site.where()
+
+    visitor = site.visitor(view)
+    for _ in range(2):
+        assert visitor.request() == "replica 1 of 1"
+    assert visitor.set_cookies == []
+
+
 @pytest.mark.parametrize("statement", ["SELECT * FROM nowhere", "CREATE TABLE nowhere ()"])
 def test_an_error_on_a_replicas_engine_outside_of_requests_is_its_users(fresh_site, statement):
     fresh_site.app(fresh_site.where)

@@ -314,35 +314,50 @@ class Tests:
         return rarity
 
     def _that_run(self, mutant: Mutant) -> set[str]:
-        """Those that run one of the lines; where it is run by the import: those that run what uses its name."""
-        found = self._that_run_lines(mutant.path.name, mutant.lines) or self._that_run_lines(
-            mutant.path.name, _definition(ast.parse(mutant.path.read_text()), mutant.lines.start)
-        )
-        if found:
-            return found
+        """Those that run the statement; where it is run by an import: those that run what uses its name."""
+        module, line = mutant.path.name, mutant.lines.start
         modules = {path.name: path.read_text() for path in mutant.path.parent.glob("*.py")}
-        names, asked = _names(modules[mutant.path.name], mutant.lines.start), set[str]()
+        trees = {name: ast.parse(code) for name, code in modules.items()}
+        if _function(trees[module], line):
+            # A line of a condition may be run by the mutant alone.
+            lines = _body(trees[module], line) or _statement(trees[module], line)
+            found = self._that_run_lines(module, lines)
+            if found:
+                return found
+        # The import itself may be the doing of whichever test was the first to need the module.
+        names, asked, found = _names(trees[module], line), set[str](), set[str]()
         while names - asked:
             name = (names - asked).pop()
             asked.add(name)
-            for module, code in modules.items():
-                for number, line in enumerate(code.splitlines(), 1):
-                    if re.search(rf"\b{name}\b", line):
-                        tests = self._that_run_lines(module, [number])
+            for using, code in modules.items():
+                for number, text in enumerate(code.splitlines(), 1):
+                    if re.search(rf"\b{name}\b", text):
+                        is_run = bool(_function(trees[using], number))
+                        tests = self._that_run_lines(using, [number]) if is_run else set[str]()
                         found |= tests
-                        names |= set() if tests else _names(code, number, of_classes=False)
+                        names |= set() if tests else _names(trees[using], number, of_classes=False)
         return found
 
     def _that_run_lines(self, module: str, lines: Iterable[int]) -> set[str]:
         return {test for line in lines for test in self._running[module].get(line, ()) if test}
 
 
-def _definition(tree: ast.AST, line: int) -> range:
-    """The lines of the function, if any, whose parameters or decorators are in that line."""
+def _body(tree: ast.AST, line: int) -> range:
+    """The lines in the body of the function, if any, whose parameters or decorators are in that line."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and first_line(node) <= line < node.body[0].lineno:
-            return range(line, (node.end_lineno or line) + 1)
+            return range(node.body[0].lineno, (node.end_lineno or line) + 1)
     return range(0)
+
+
+def _statement(tree: ast.AST, line: int) -> range:
+    """The lines of the innermost statement that has that line; of a compound one, its head."""
+    found = range(line, line + 1)
+    for node in ast.walk(tree):  # the outer ones first
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or line):
+            body = getattr(node, "body", None)
+            found = range(node.lineno, max(line, body[0].lineno - 1 if body else node.end_lineno or line) + 1)
+    return found
 
 
 def _function(tree: ast.AST, line: int) -> range:
@@ -354,9 +369,9 @@ def _function(tree: ast.AST, line: int) -> range:
     return found
 
 
-def _names(code: str, line: int, *, of_classes: bool = True) -> set[str]:
+def _names(tree: ast.Module, line: int, *, of_classes: bool = True) -> set[str]:
     """What the statement in that line defines: one of the module, or of a class."""
-    body, names = ast.parse(code).body, set[str]()
+    body, names = tree.body, set[str]()
     while True:
         node = next((node for node in body if node.lineno <= line <= (node.end_lineno or 0)), None)
         if isinstance(node, ast.ClassDef) and of_classes:
@@ -469,9 +484,11 @@ def run_in_copies(
 
 
 def collect(path: Path, results: Results) -> None:
+    """Take what a process has kept there; it is gone then, so that it is not taken for what comes out the next time."""
     for line in path.read_text().splitlines() if path.exists() else ():
         module, where, change, outcome, test = json.loads(line)
         results[module, where, change] = outcome, test
+    path.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str]) -> int:
