@@ -50,6 +50,17 @@ def test_a_guard_that_holds_says_nothing(notes):
     notes.Session.remove()
 
 
+@pytest.mark.parametrize("guard", ["exactly", "at_most"])
+def test_a_guard_that_fails_points_at_the_test(notes, guard):
+    with count_statements(notes.engine) as statements:
+        load_one_by_one(notes.Session)
+    notes.Session.remove()
+    with pytest.raises(AssertionError) as failed:
+        getattr(statements, guard)(1)
+    assert len(failed.traceback) == 2
+    assert [entry.name for entry in failed.traceback.filter(failed)] == ["test_a_guard_that_fails_points_at_the_test"]
+
+
 def test_a_guard_that_fails_lists_the_statements(notes):
     with count_statements(notes.engine) as statements:
         notes.Session.execute(sa.text("SELECT count(*)\n  FROM note"))
