@@ -711,6 +711,31 @@ def test_another_transaction_between_a_cursor_and_its_statement(anywhere):
         assert texts(anywhere.Session) == ["1", "2"]
 
 
+def test_another_transaction_that_reads_between_a_cursor_and_its_statement_holds_nothing(anywhere):
+    with isolated(anywhere.Session), another(anywhere) as other:
+
+        def read(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+            if statement.startswith("INSERT"):
+                texts(other)
+
+        event.listen(anywhere.engine, "before_cursor_execute", read)
+        add(anywhere.Session, "1")
+        event.remove(anywhere.engine, "before_cursor_execute", read)
+        other.rollback()
+        anywhere.Session.commit()
+        assert texts(anywhere.Session) == ["1"]
+
+
+def test_statements_without_parameters(anywhere):
+    with isolated(anywhere.Session):
+        for end in "rollback", "commit":
+            connection = anywhere.Session.connection().execution_options(no_parameters=True)
+            connection.exec_driver_sql(f"INSERT INTO note (text) VALUES ('100 % {end}')")
+            getattr(anywhere.Session, end)()
+        assert texts(anywhere.Session) == ["100 % commit"]
+    assert anywhere.durable() == []
+
+
 def test_a_session_that_is_closed_in_the_midst_of_a_commit(anywhere, sent):
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
