@@ -16,7 +16,8 @@ one that runs little else, and one that is fast.  A test that takes more than ``
 One that fails where nothing is broken, if nothing runs before it, is not believed.
 
 What survives, and is not explained in ``survivors.rst``, is tried with SQLAlchemy 1.4 as well, if
-``$MUTANTS_SQLALCHEMY_14`` names a folder that has it; and then once more with ten times as many seconds.
+``$MUTANTS_SQLALCHEMY_14`` names a folder that has it; and then once more with ten times as many seconds, and with the
+tests that run anything in the module.
 
 What survives has to be explained.  Exit status 1: fewer than ``ENOUGH`` of all were noticed, or a
 survivor is not explained.  Where ``$PROOF_REPORT`` names a folder, the figures are written to ``mutants.json`` there,
@@ -65,6 +66,9 @@ SECONDS_OF_A_TEST = 20
 TIMEOUT = ("-o", f"faulthandler_timeout={SECONDS_OF_A_TEST}")
 #: How long the tests of one mutant may take.
 SECONDS_OF_A_MUTANT = float(os.environ.get("MUTANTS_SECONDS", "30"))
+#: Whether also those are tried that run other code of the module: what is done once for a process, such as to listen to
+#: something, was measured with one test, and others depend on it.
+TRIES_MORE_TESTS = bool(os.environ.get("MUTANTS_MORE_TESTS"))
 #: So many are tried first: most mutants do not see another one.
 FIRST = 30
 #: What runs other code, reads the documents, or needs a browser.
@@ -301,6 +305,8 @@ class Tests:
         orders = rare_first, narrow_first, various_first
         order = dict.fromkeys([*known, *chain.from_iterable(zip(*orders, strict=True))])
         order = dict.fromkeys(sorted(order, key=lambda test: test.startswith(SLOW_TO_BEGIN)))
+        if TRIES_MORE_TESTS:
+            order |= dict.fromkeys(sorted(self._that_run_anything_in(mutant.path.name), key=self._seconds.__getitem__))
         total = accumulate(self._seconds[test] for test in order)
         return [test for test, seconds in zip(order, total, strict=True) if seconds <= SECONDS_OF_A_MUTANT]
 
@@ -337,6 +343,9 @@ class Tests:
                         found |= tests
                         names |= set() if tests else _names(trees[using], number, of_classes=False)
         return found
+
+    def _that_run_anything_in(self, module: str) -> set[str]:
+        return self._that_run_lines(module, self._running[module]) & self._seconds.keys()
 
     def _that_run_lines(self, module: str, lines: Iterable[int]) -> set[str]:
         return {test for line in lines for test in self._running[module].get(line, ()) if test}
@@ -434,12 +443,14 @@ def notice_share(folder: Path, number: int, measured: Path) -> None:
     tests.notice(pickle.loads((folder / f"mutants{number}").read_bytes()), tell)
 
 
-def run(mutants: Sequence[Mutant], results: Results, folder: Path, packages: str | None, seconds: float) -> None:
+def run(
+    mutants: Sequence[Mutant], results: Results, folder: Path, packages: str | None, *, is_last_attempt: bool
+) -> None:
     """Try these mutants, on as many processes as there are processors.
 
     :param results: to be completed.
     :param packages: a folder of packages that come before those that are installed.
-    :param seconds: how long the tests of one may take.
+    :param is_last_attempt: whether to take more time, and more tests.
     """
     numbers = range(os.cpu_count() or 1)
     # Of one function all, so that what has noticed one of them is tried first for the next.
@@ -456,12 +467,13 @@ def run(mutants: Sequence[Mutant], results: Results, folder: Path, packages: str
             (folder / f"mutants{number}").write_bytes(pickle.dumps(share))
         if not measured.exists():
             measured.mkdir()
-            run_in_copies("--measure", folder, numbers, measured, packages, seconds)
-        run_in_copies("--notice", folder, numbers, measured, packages, seconds)
+            run_in_copies("--measure", folder, numbers, measured, packages)
+        more = {"MUTANTS_SECONDS": str(10 * SECONDS_OF_A_MUTANT), "MUTANTS_MORE_TESTS": "1"} if is_last_attempt else {}
+        run_in_copies("--notice", folder, numbers, measured, packages, **more)
 
 
 def run_in_copies(
-    what: str, folder: Path, numbers: Sequence[int], measured: Path, packages: str | None, seconds: float
+    what: str, folder: Path, numbers: Sequence[int], measured: Path, packages: str | None, **more: str
 ) -> None:
     """Have each of the processes do its share of that."""
     with ExitStack() as stack:
@@ -469,7 +481,7 @@ def run_in_copies(
         for number in numbers:
             copy = folder / str(number) / "copy"
             environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (packages, str(copy))))}
-            environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "MUTANTS_SECONDS": str(seconds)}
+            environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **more}
             environ.pop("PYTHONDONTWRITEBYTECODE", None)
             command = [sys.executable, "-m", "tests.proof.mutants", what, str(folder), str(number), str(measured)]
             running.append(stack.enter_context(subprocess.Popen(command, cwd=copy, env=environ)))
@@ -515,13 +527,13 @@ def main(arguments: Sequence[str]) -> int:
         reasons = explained()
         packages = os.environ.get("MUTANTS_SQLALCHEMY_14")
         versions = [None, packages] if packages else [None]
-        passes = [(version, times) for times in (1, 10) for version in versions]
+        passes = [(version, is_last) for is_last in (False, True) for version in versions]
         try:
-            for version, times in passes:
+            for version, is_last in passes:
                 known = {key for key, (outcome, _) in results.items() if outcome != "survived" or key in reasons}
                 left = [mutant for mutant in mutants if key_of(mutant) not in known]
                 if left:
-                    run(left, results, folder, version, times * SECONDS_OF_A_MUTANT)
+                    run(left, results, folder, version, is_last_attempt=is_last)
         finally:
             keep(earlier | results, digests)
     return report(results, complete=not modules)
