@@ -358,14 +358,14 @@ class _Routed(SessionScope):
         waits = session is not None and session.in_transaction()
         self.route.settled(waits=waits or (self._commit_at == "end" and not body_is_over))
 
-    def _run_callbacks(self) -> None:
-        runs = self.callbacks is not None and bool(self.callbacks.due)
-        super()._run_callbacks()
-        if runs and self.route is not None:
+    def _run_callbacks(self) -> bool:
+        have_run = super()._run_callbacks()
+        if have_run and self.route is not None:
             # They may have used the primary, in units of work of their own.
             self.route.uses_primary()
             if self._state is State.ENDED:
                 self.route.ends()
+        return have_run
 
     def _has_lost_nothing(self, error: BaseException) -> bool:
         assert self.route is not None

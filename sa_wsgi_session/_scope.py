@@ -401,13 +401,22 @@ class SessionScope(Watched):
         self.connections = ()
         self._rollback_only = None
 
-    def _run_callbacks(self) -> None:
-        """Run the callbacks that are due.  The unit is not bound."""
-        if self.callbacks is not None and self.callbacks.due:
-            if self.trial is not None and self.trial.again:
-                self.callbacks = None  # what comes of this unit of work, the next attempt will tell
-            else:
-                self.callbacks.run()
+    def _run_callbacks(self) -> bool:
+        """Run the callbacks that are due.  The unit is not bound.
+
+        :return: whether there were any.
+        """
+        if self.callbacks is None:
+            return False
+        # The transaction that they wait for may have gone without a word.
+        self.callbacks.within(None if self.held is None else self.held.get_transaction())
+        if not self.callbacks.due:
+            return False
+        if self.trial is not None and self.trial.again:
+            self.callbacks = None  # what comes of this unit of work, the next attempt will tell
+        else:
+            self.callbacks.run()
+        return True
 
     # A SAVEPOINT within the unit
 

@@ -174,6 +174,12 @@ FOUND = {
     "and at the end of a body": episode(
         exchange([OK, OnCommit("works"), Arm("rollback", "plain", 1)], last=[Try((Read(), Remove()))]), commit_at="end"
     ),
+    "and one for the rollback is called before the chunk is handed on": episode(
+        exchange([OK], [[Read(), OnRollback("works"), Arm("rollback", "plain", 1), Try((Remove(),))], []])
+    ),
+    "and before what is written": episode(
+        exchange([OK, Read(), OnRollback("works"), Arm("rollback", "plain", 1), Try((Remove(),)), Write()])
+    ),
     "a body that nobody closes, and that has lost a race in a request, is closed when it is dropped": episode(
         exchange([OK, Inner(exchange([OK, Write()], [[Add(), Arm("execute", "race", 1)]], close=(), closes=0), False)]),
         attempts=2,
