@@ -255,6 +255,8 @@ class Result:
     left: int
     level: Level
     kept: bool = True
+    #: By an exception that has escaped from a joined request: the unit notes it as the cause of what it refuses.
+    may_be_kept: bool = False
 
     def lost(self) -> bool:
         return self.level.over()
@@ -382,7 +384,13 @@ class Session:
         if self.level is None:
             return False
         root = self.level.root()
-        return not root.over() and any(result.kept for result in root.results)
+        if root.over():
+            return False
+        if any(result.kept for result in root.results):
+            return True
+        if any(result.may_be_kept for result in root.results):
+            raise Unspecified("a result that an exception keeps, if anything does")
+        return False
 
     def has_changes(self) -> bool:
         return bool(self.pending) or (self.level is not None and self.level.root().changed)
@@ -1057,7 +1065,11 @@ class Oracle:
         server, who = exchange.server, player.who
         front = Front(self, who, server)
 
+        spoils = False
+
         def raised(where: str, error: Thrown) -> None:
+            nonlocal spoils
+            spoils = outer is not None
             self.tell("raised", who, where, error.label)
             if not error.ordinary:
                 player.fatal = player.fatal or error
@@ -1097,7 +1109,7 @@ class Oracle:
             body.drop()
             self.tell("dropped", who, self.database.seen())
         for result in player.results:
-            result.kept = False
+            result.kept, result.may_be_kept = False, spoils
 
     def _inner(self, step: Inner, outer: Player) -> None:
         shares = step.shares and outer.unit is not None
