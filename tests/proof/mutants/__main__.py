@@ -44,7 +44,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import accumulate, chain, count
 from pathlib import Path
@@ -313,7 +313,7 @@ class Tests:
     def _rarity(self, mutant: Mutant) -> Counter[str]:
         """Of each test, how many run the line that the fewest run, of those lines of the function that it runs."""
         running, rarity = self._running[mutant.path.name], Counter[str]()
-        lines = [running.get(line, set()) for line in _function(ast.parse(mutant.path.read_text()), mutant.lines.start)]
+        lines = [running.get(line, set()) for line in _function(_parse(mutant.path.read_text()), mutant.lines.start)]
         for tests in sorted(lines, key=len, reverse=True):
             for test in tests:
                 rarity[test] = len(tests)
@@ -323,7 +323,7 @@ class Tests:
         """Those that run the statement; where it is run by an import: those that run what uses its name."""
         module, line = mutant.path.name, mutant.lines.start
         modules = {path.name: path.read_text() for path in mutant.path.parent.glob("*.py")}
-        trees = {name: ast.parse(code) for name, code in modules.items()}
+        trees = {name: _parse(code) for name, code in modules.items()}
         if _function(trees[module], line):
             # A line of a condition may be run by the mutant alone.
             lines = _body(trees[module], line) or _statement(trees[module], line)
@@ -349,6 +349,10 @@ class Tests:
 
     def _that_run_lines(self, module: str, lines: Iterable[int]) -> set[str]:
         return {test for line in lines for test in self._running[module].get(line, ()) if test}
+
+
+#: The modules that are asked about are the same ones for each mutant.
+_parse = lru_cache(maxsize=64)(ast.parse)
 
 
 def _body(tree: ast.AST, line: int) -> range:
