@@ -109,6 +109,21 @@ def raw_cursor(connection: Any) -> Any:
     return connection.connection.cursor()
 
 
+@contextmanager
+def before_statements(engine: Any, words: str, do: Callable[[], object]) -> Iterator[None]:
+    """Call ``do()`` between the making of the cursor and the sending of each statement that has these words."""
+
+    def listener(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+        if words in statement:
+            do()
+
+    event.listen(engine, "before_cursor_execute", listener)
+    try:
+        yield
+    finally:
+        event.remove(engine, "before_cursor_execute", listener)
+
+
 @pytest.fixture
 def sent(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What ``isolated()`` has sent about SAVEPOINTs of its own since it was last asked."""
@@ -695,16 +710,10 @@ def test_a_connection_goes_on_after_its_transaction_was_gone(anywhere):
 
 def test_another_transaction_between_a_cursor_and_its_statement(anywhere):
     with isolated(anywhere.Session), another(anywhere) as other:
-
-        def add_one(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
-            if statement.startswith("RELEASE"):
-                add(other, "1")
-
         nested = anywhere.Session.begin_nested()
         assert texts(anywhere.Session) == []
-        event.listen(anywhere.engine, "before_cursor_execute", add_one)
-        nested.commit()
-        event.remove(anywhere.engine, "before_cursor_execute", add_one)
+        with before_statements(anywhere.engine, "RELEASE", lambda: add(other, "1")):
+            nested.commit()
         add(anywhere.Session, "2")
         anywhere.Session.commit()
         other.commit()
@@ -713,14 +722,8 @@ def test_another_transaction_between_a_cursor_and_its_statement(anywhere):
 
 def test_another_transaction_that_reads_between_a_cursor_and_its_statement_holds_nothing(anywhere):
     with isolated(anywhere.Session), another(anywhere) as other:
-
-        def read(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
-            if statement.startswith("INSERT"):
-                texts(other)
-
-        event.listen(anywhere.engine, "before_cursor_execute", read)
-        add(anywhere.Session, "1")
-        event.remove(anywhere.engine, "before_cursor_execute", read)
+        with before_statements(anywhere.engine, "INSERT", lambda: texts(other)):
+            add(anywhere.Session, "1")
         other.rollback()
         anywhere.Session.commit()
         assert texts(anywhere.Session) == ["1"]
@@ -1030,14 +1033,8 @@ def test_a_connection_goes_on_after_an_aborted_transaction(on_postgresql):
 def test_a_statement_fails_before_which_another_transaction_has_read(on_postgresql):
     world = on_postgresql
     with isolated(world.Session), another(world) as other:
-
-        def read(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
-            if "1/0" in statement:
-                texts(other)
-
-        event.listen(world.engine, "before_cursor_execute", read)
-        refuse(world.Session)
-        event.remove(world.engine, "before_cursor_execute", read)
+        with before_statements(world.engine, "1/0", lambda: texts(other)):
+            refuse(world.Session)
         assert texts(other) == []
         with pytest.raises(IsolationError, match="current transaction is aborted"):
             texts(world.Session)
